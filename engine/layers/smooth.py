@@ -1,0 +1,30 @@
+"""Linear layer with int8 weights and int8 activations, as SmoothQuant prepares them
+(arXiv 2211.10438)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from engine.kernels.registry import bind
+
+
+class SmoothInt8:
+    """y [T, N] = (x_codes @ codesᵀ) · x_scale · scale; x_codes are x / smoother rounded to int8.
+
+    codes int8 [N, K], scale fp32 [N]; optional are input_scale fp32 [1] (else one per token) and
+    smoother fp32 [K] (else 1).
+    """
+
+    def __init__(self, arrays: Mapping[str, Tensor]):
+        self._product = bind(
+            "linear_w8a8", arrays["codes"], arrays["scale"], arrays.get("input_scale")
+        )
+        self._smoother_K = arrays.get("smoother")
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        if self._smoother_K is None:
+            return self._product(x_TK)
+        # Stays in fp32, so that the input is rounded once, to its codes.
+        return self._product(x_TK.float() / self._smoother_K).to(x_TK.dtype)
