@@ -1,0 +1,1 @@
+"""The engine: what reads checkpoints, writes engine directories and runs them."""

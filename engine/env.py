@@ -1,0 +1,78 @@
+"""Environment variables. No other module reads or sets them."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from engine.errors import UserError
+
+# Where a launcher tells a process its rank and the number of ranks.
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),  # MVAPICH
+    ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, srun --mpi=pmi2
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),  # srun --mpi=pmix
+)
+
+# Up to this size Open MPI copies a message through shared memory at once instead of agreeing on
+# the transfer first. 4 KiB is its default; a row of activations is 16 KiB and more, and reducing
+# one takes half the time this way (benchmarks/allreduce.py).
+EAGER_BYTES = 64 * 1024
+
+
+class Launch(NamedTuple):
+    """What the launcher says of this process; `ranks` is None where it does not say."""
+
+    rank: int
+    ranks: int | None
+
+
+def launch() -> Launch | None:
+    """This process's place among the ranks of a job, or None without a launcher."""
+    for rank_name, ranks_name in _LAUNCHERS:
+        rank, ranks = _read_count(rank_name), _read_count(ranks_name)
+        # A batch script sees the number of tasks and has no rank, so the rank decides.
+        if rank is not None and (ranks is None or rank < ranks):
+            return Launch(rank, ranks)
+    return None
+
+
+def under_mpi() -> bool:
+    """Whether this process is one of several ranks; found without importing mpi4py."""
+    found = launch()
+    return found is not None and found.ranks != 1
+
+
+def rank() -> int:
+    """This process's rank as the launcher tells it; 0 without one."""
+    found = launch()
+    return found.rank if found else 0
+
+
+def set_mpi_defaults() -> None:
+    """Settings that make Open MPI faster; those the user made win. Call it before MPI starts."""
+    os.environ.setdefault("OMPI_MCA_btl_sm_eager_limit", str(EAGER_BYTES))
+
+
+def hub_offline() -> bool:
+    """Whether the Hugging Face hub is not to be asked; the same test as huggingface_hub's."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def thread_limit() -> int | None:
+    """CPU threads the user asked for with OMP_NUM_THREADS, or None."""
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    # OpenMP allows one number per nesting level; the outermost is first.
+    outermost = text.split(",")[0].strip()
+    if not outermost.isdecimal() or int(outermost) == 0:
+        raise UserError(f"OMP_NUM_THREADS '{text}' is not a number of threads; set 1 or more")
+    return int(outermost)
+
+
+def _read_count(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None

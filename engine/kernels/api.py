@@ -1,0 +1,143 @@
+"""The operations that layers call: each runs the best implementation for its tensors' device.
+
+This page is the contract of every implementation; `reference.py` is its plain text. Tensors of
+one call share a device, and a dtype of fp32, fp16 or bf16 unless stated. Inputs are not changed.
+
+Dimensions (sizes are local to the rank):
+  T tokens in flight   B sequences          M blocks per sequence   S cached positions
+  H query heads        G kv heads           D head size             E model width
+  F ffn width          N outputs            K inputs                V vocabulary rows
+  R groups along K
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from engine.cache import LayerCache
+from engine.kernels.registry import select
+
+
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """A packed, ragged batch as attention sees it: whose tokens are where, and what they see.
+
+    Sequence b owns the next query_lens[b] tokens of the packed batch, its last ones, and its
+    cached positions are 0 … kv_lens[b] - 1, this step's included. A token sees itself and what
+    lies before it in its sequence, at most `window` positions in all.
+    """
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    kv_lens_B: Tensor  # int32, the same as kv_lens
+    query_starts_B1: Tensor  # int32 [B + 1], prefix sums of query_lens
+    block_table_BM: Tensor  # int32; 0 past a sequence's blocks and where a window freed them
+    slots_T: Tensor  # int64, block * block_tokens + offset of each new token; negative: padding
+    window: int | None
+    scale: float
+
+    def __post_init__(self) -> None:
+        sequences = len(self.query_lens)
+        assert len(self.kv_lens) == sequences == len(self.block_table_BM)
+
+    @cached_property
+    def block_lists(self) -> list[list[int]]:
+        """`block_table_BM` on the host, fetched once for all layers of a step."""
+        return self.block_table_BM.tolist()
+
+
+def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
+    """y [T, N] = x @ wᵀ, accumulated in fp32 at least."""
+    return select("linear", x_TK.device)(x_TK, w_NK)
+
+
+def linear_int8(x_TK: Tensor, codes_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """y [T, N] = x @ (codes · scale)ᵀ; codes int8, scale fp32."""
+    return select("linear_int8", x_TK.device)(x_TK, codes_NK, scale_N)
+
+
+def linear_int4(x_TK: Tensor, codes_NB: Tensor, scale_N: Tensor) -> Tensor:
+    """y [T, N] = x @ ((codes - 8) · scale)ᵀ; codes 0…15, two a byte in blocks of 64 inputs (uint8
+    [N, K/2], see engine.weights.pack.pack_nibbles), scale fp32."""
+    return select("linear_int4", x_TK.device)(x_TK, codes_NB, scale_N)
+
+
+def linear_int4_groups(
+    x_TK: Tensor, codes_NB: Tensor, scale_NR: Tensor, zero_NR: Tensor | None, block: int
+) -> Tensor:
+    """y [T, N] = x @ ((codes - zero) · scale)ᵀ; codes as in `linear_int4` in blocks of `block`
+    inputs (32 or 64), scale fp16 or fp32 and zero uint8 0…16 for each of R groups of K/R inputs;
+    without `zero` all zeros are 8."""
+    return select("linear_int4_groups", x_TK.device)(x_TK, codes_NB, scale_NR, zero_NR, block)
+
+
+def linear_w8a8(
+    x_TK: Tensor, codes_NK: Tensor, scale_N: Tensor, input_scale: Tensor | None
+) -> Tensor:
+    """y [T, N] = (x_codes @ codesᵀ) · x_scale · scale, exact but for the scaling.
+
+    codes int8, scale fp32; x_codes = round(x / x_scale) within ±127, ties to even, where x_scale
+    is `input_scale` fp32 [1] or, without one, each token's amax (at least 1e-6) / 127.
+    """
+    return select("linear_w8a8", x_TK.device)(x_TK, codes_NK, scale_N, input_scale)
+
+
+def linear_fp8(
+    x_TK: Tensor, codes_NK: Tensor, scale_N: Tensor, input_scale: Tensor | None
+) -> Tensor:
+    """y [T, N] = (x_codes @ codesᵀ) · x_scale · scale, accumulated in fp32.
+
+    codes float8_e4m3fn, scale fp32; x_codes are x / x_scale within ±448, rounded to float8_e4m3fn,
+    where x_scale is `input_scale` fp32 [1] or, without one, each token's amax (at least 1e-6) /
+    448.
+    """
+    return select("linear_fp8", x_TK.device)(x_TK, codes_NK, scale_N, input_scale)
+
+
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """y [T, E] = x / sqrt(mean(x²) + eps), in fp32, rounded to x's dtype, times weight
+    (arXiv 1910.07467; the rounding order of transformers' Llama)."""
+    return select("rms_norm", x_TE.device)(x_TE, weight_E, eps)
+
+
+def add_rms_norm(
+    x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = residual + x in their dtype."""
+    return select("add_rms_norm", x_TE.device)(x_TE, residual_TE, weight_E, eps)
+
+
+def rope(q_THD: Tensor, k_TGD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k rotated (arXiv 2104.09864): channel i < C = D/2 pairs with channel i + C (neox).
+
+    `cos_TC` and `sin_TC` are fp32 [T, D/2]; computed in fp32 and rounded once.
+    """
+    return select("rope", q_THD.device)(q_THD, k_TGD, cos_TC, sin_TC)
+
+
+def silu_mul(gate_up_TF2: Tensor) -> Tensor:
+    """y [T, F] = silu(gate) * up; the input [T, 2F] holds gate in its first half."""
+    return select("silu_mul", gate_up_TF2.device)(gate_up_TF2)
+
+
+def embedding(tokens_T: Tensor, table_VE: Tensor, first_row: int = 0) -> Tensor:
+    """x [T, E]: rows of a table that holds ids first_row … first_row + V - 1; zeros for others."""
+    return select("embedding", table_VE.device)(tokens_T, table_VE, first_row)
+
+
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -> None:
+    """Store keys and values in the cache, in place. Slots are distinct; a negative one is skipped
+    (padding), but the first is not negative."""
+    select("write_kv", k_TGD.device)(k_TGD, v_TGD, layer, slots_T)
+
+
+def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
+    """o [T, H, D] = softmax(scale · q kᵀ) v over the cached positions each token may see.
+
+    Query head h reads kv head h // (H / G). Keys and values come from the cache, where this
+    step's are already written; memory outside a sequence's valid positions is never used.
+    """
+    return select("attention", q_THD.device)(q_THD, layer, batch)

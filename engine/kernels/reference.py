@@ -1,0 +1,108 @@
+"""Every operation in plain PyTorch, for any device: the truth that fast kernels are tested by.
+
+The contracts are in `api.py`. Written to be read; speed is the business of the others.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.cache import LayerCache
+from engine.kernels.api import Attending
+
+# Attention takes this many tokens at a time, so that a long prompt's scores fit in memory.
+MAX_QUERIES = 256
+
+
+def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
+    return F.linear(x_TK, w_NK)
+
+
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    wide_TE = x_TE.float()
+    scale_T1 = torch.rsqrt(wide_TE.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide_TE * scale_T1).to(x_TE.dtype) * weight_E
+
+
+def add_rms_norm(
+    x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    sum_TE = residual_TE + x_TE
+    return rms_norm(sum_TE, weight_E, eps), sum_TE
+
+
+def rope(q_THD: Tensor, k_TGD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate(q_THD, cos_TC, sin_TC), _rotate(k_TGD, cos_TC, sin_TC)
+
+
+def _rotate(x_THD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    assert cos_TC.shape[-1] * 2 == x_THD.shape[-1], "one angle per pair of channels"
+    cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
+    low, high = x_THD.float().chunk(2, dim=-1)
+    rotated = (low * cos_T1C - high * sin_T1C, high * cos_T1C + low * sin_T1C)
+    return torch.cat(rotated, dim=-1).to(x_THD.dtype)
+
+
+def silu_mul(gate_up_TF2: Tensor) -> Tensor:
+    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
+def embedding(tokens_T: Tensor, table_VE: Tensor, first_row: int = 0) -> Tensor:
+    rows_T = tokens_T - first_row
+    is_outside_T = (rows_T < 0) | (rows_T >= table_VE.shape[0])
+    x_TE = F.embedding(rows_T.masked_fill(is_outside_T, 0), table_VE)
+    return x_TE.masked_fill_(is_outside_T[:, None], 0)
+
+
+def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -> None:
+    # Padding repeats the first token's write: the same value twice, and no wait for the device.
+    is_padding_T = slots_T < 0
+    source_T = torch.arange(len(slots_T), device=slots_T.device).masked_fill_(is_padding_T, 0)
+    slots_T = slots_T[source_T]
+    block_tokens = layer.k.shape[2]
+    blocks_T, offsets_T = slots_T // block_tokens, slots_T % block_tokens
+    layer.k[blocks_T, :, offsets_T] = k_TGD[source_T]
+    layer.v[blocks_T, :, offsets_T] = v_TGD[source_T]
+
+
+def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
+    parts = []
+    queries = q_THD.split(batch.query_lens)
+    for q, kv_len, blocks in zip(queries, batch.kv_lens, batch.block_lists, strict=True):
+        first = kv_len - len(q)
+        for part in q.split(MAX_QUERIES):
+            parts.append(_attend(part, first, layer, blocks, batch))
+            first += len(part)
+    return torch.cat(parts)
+
+
+def _attend(
+    q_THD: Tensor, first: int, layer: LayerCache, blocks: list[int], batch: Attending
+) -> Tensor:
+    """Attention of consecutive tokens of one sequence, the first at position `first`."""
+    stop, oldest = first + len(q_THD), 0
+    if batch.window is not None:
+        oldest = max(0, first - batch.window + 1)
+    seen_S = torch.arange(oldest, stop, device=q_THD.device)
+    k_SGD, v_SGD = _read(layer.k, blocks, seen_S), _read(layer.v, blocks, seen_S)
+    at_T1 = torch.arange(first, stop, device=q_THD.device)[:, None]
+    is_hidden_TS = seen_S > at_T1
+    if batch.window is not None:
+        is_hidden_TS |= seen_S <= at_T1 - batch.window
+    # Query head h = g * (H / G) + r reads kv head g.
+    q_TGRD = q_THD.float().unflatten(1, (k_SGD.shape[1], -1))
+    scores_GRTS = torch.einsum("tgrd,sgd->grts", q_TGRD, k_SGD) * batch.scale
+    weights_GRTS = scores_GRTS.masked_fill(is_hidden_TS, float("-inf")).softmax(-1)
+    o_TGRD = torch.einsum("grts,sgd->tgrd", weights_GRTS, v_SGD)
+    return o_TGRD.flatten(1, 2).to(q_THD.dtype)
+
+
+def _read(stored: Tensor, blocks: list[int], positions_S: Tensor) -> Tensor:
+    """One sequence's keys or values at `positions_S`, fp32 [S, G, D]."""
+    block_tokens = stored.shape[2]
+    blocks_M = torch.tensor(blocks, device=positions_S.device)
+    at = (blocks_M[positions_S // block_tokens], slice(None), positions_S % block_tokens)
+    return stored[at].float()

@@ -1,0 +1,141 @@
+"""The Yi network (Llama architecture) on a packed, ragged batch.
+
+Dimensions (sizes are local to the rank):
+  T tokens in flight   H query heads   G kv heads   D head size
+  E model width        R rows whose logits are wanted   V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Names
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.cache import KVCache, LayerCache
+from engine.comm import Parallel
+from engine.config import ModelConfig
+from engine.kernels import api as ops
+from engine.kernels.api import Attending
+from engine.layers.attention import Attention
+from engine.layers.embedding import Embedding
+from engine.layers.linear import Arrays
+from engine.layers.mlp import MLP
+from engine.layers.rope import RotaryEmbedding
+from engine.mapping import LocalShape, Mapping
+from engine.quant import QuantConfig
+
+
+class Step(NamedTuple):
+    """One pass through the network: T tokens of several sequences, packed.
+
+    `lengths_T` is the length of each token's sequence (dynamic RoPE scaling needs it);
+    `output_rows` selects the rows whose logits are wanted.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    lengths_T: Tensor
+    attending: Attending
+    output_rows: Tensor
+
+
+class Block:
+    """One decoder layer. Takes and returns (x, residual) whose sum is the hidden state."""
+
+    def __init__(self, arrays: Arrays, config: ModelConfig, shape: LocalShape, parallel: Parallel):
+        self._attn_norm = arrays.tensor("attn_norm.weight")
+        self._mlp_norm = arrays.tensor("mlp_norm.weight")
+        self._attn = Attention(arrays.at("attn"), shape, parallel.tp)
+        self._mlp = MLP(arrays.at("mlp"), parallel.tp)
+        self._eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        x_TE: Tensor,
+        residual_TE: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        layer: LayerCache,
+        batch: Attending,
+    ) -> tuple[Tensor, Tensor]:
+        if residual_TE is None:
+            residual_TE = x_TE
+            y_TE = ops.rms_norm(x_TE, self._attn_norm, self._eps)
+        else:
+            y_TE, residual_TE = ops.add_rms_norm(x_TE, residual_TE, self._attn_norm, self._eps)
+        x_TE = self._attn(y_TE, angles, layer, batch)
+        y_TE, residual_TE = ops.add_rms_norm(x_TE, residual_TE, self._mlp_norm, self._eps)
+        return self._mlp(y_TE), residual_TE
+
+
+class Head:
+    """Final norm and output projection; every rank of the stage gets all logits in fp32."""
+
+    def __init__(self, arrays: Arrays, config: ModelConfig, parallel: Parallel):
+        self._norm = arrays.tensor("norm.weight")
+        if "head.weight" in arrays:
+            self._weight_VE = arrays.tensor("head.weight")
+        else:
+            self._weight_VE = _tied_head(arrays.tensor("embed.weight"), config, parallel)
+        self._eps, self._vocab, self._tp = config.rms_norm_eps, config.vocab_size, parallel.tp
+
+    def __call__(self, x_RE: Tensor, residual_RE: Tensor) -> Tensor:
+        y_RE, _ = ops.add_rms_norm(x_RE, residual_RE, self._norm, self._eps)
+        logits_RV = self._tp.all_gather(ops.linear(y_RE, self._weight_VE))
+        return logits_RV[:, : self._vocab].float()
+
+
+class Yi:
+    """The layers of one pipeline stage.
+
+    Calling it returns logits fp32 [R, V] on the last stage and None on the others, which hand
+    their hidden state on.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant: QuantConfig,
+        mapping: Mapping,
+        embedding_dim: int | None,
+        tensors: Names[str, Tensor],
+        parallel: Parallel,
+    ):
+        arrays = Arrays(tensors, quant.algorithm)
+        shape = mapping.local(config)
+        norm = arrays.tensor("blocks.0.attn_norm.weight")
+        self.dtype, self.device = norm.dtype, norm.device
+        self._width, self._parallel, self._mapping = config.hidden_size, parallel, mapping
+        self._rotary = RotaryEmbedding(config, self.device)
+        self._blocks = [
+            Block(arrays.at(f"blocks.{slot}"), config, shape, parallel)
+            for slot, _ in mapping.layers(config)
+        ]
+        if mapping.is_first_stage:
+            self._embed = Embedding(arrays.tensor("embed.weight"), embedding_dim, parallel.tp)
+        if mapping.is_last_stage:
+            self._head = Head(arrays, config, parallel)
+
+    @torch.inference_mode()
+    def __call__(self, step: Step, cache: KVCache) -> Tensor | None:
+        if self._mapping.is_first_stage:
+            x_TE = self._embed(step.tokens_T)
+        else:
+            x_TE = self._parallel.recv_prev((len(step.tokens_T), self._width), self.dtype)
+        angles = self._rotary(step.positions_T, step.lengths_T)
+        residual_TE = None
+        for slot, block in enumerate(self._blocks):
+            x_TE, residual_TE = block(x_TE, residual_TE, angles, cache.layer(slot), step.attending)
+        if not self._mapping.is_last_stage:
+            self._parallel.send_next(x_TE + residual_TE)
+            return None
+        return self._head(x_TE[step.output_rows], residual_TE[step.output_rows])
+
+
+def _tied_head(table_VE: Tensor, config: ModelConfig, parallel: Parallel) -> Tensor:
+    """This rank's rows of a table that serves as head too (see convert.shares_embedding)."""
+    share = config.vocab_size // parallel.tp.size
+    if table_VE.shape[0] == share:
+        return table_VE
+    return table_VE[parallel.tp.rank * share : (parallel.tp.rank + 1) * share]

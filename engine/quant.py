@@ -1,0 +1,155 @@
+"""QuantConfig: how weights, activations and the KV cache are stored and computed.
+
+`from_flags` is the only place where command-line flags become a mode. The bit mask that
+TensorRT-LLM calls quant_mode is written for compatibility and never branched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from engine.errors import UserError
+
+
+class Algorithm(str, Enum):
+    """Weight (and activation) quantisation of the linear layers."""
+
+    NONE = "none"
+    W8A16 = "w8a16"
+    W4A16 = "w4a16"
+    W4A16_AWQ = "w4a16_awq"
+    W4A16_GPTQ = "w4a16_gptq"
+    W8A8_SQ = "w8a8_sq"
+    FP8 = "fp8"
+
+
+class KVStorage(str, Enum):
+    """Storage type of the KV cache; NONE stores the engine's dtype."""
+
+    NONE = "none"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+# TensorRT-LLM's QuantMode bits.
+INT4_WEIGHTS, INT8_WEIGHTS, ACTIVATIONS, PER_CHANNEL, PER_TOKEN, PER_GROUP = 1, 2, 4, 8, 16, 32
+INT8_KV, FP8_KV, FP8_QDQ = 64, 128, 256
+
+_ALGORITHM_BITS = {
+    Algorithm.NONE: 0,
+    Algorithm.W8A16: INT8_WEIGHTS,
+    Algorithm.W4A16: INT4_WEIGHTS,
+    Algorithm.W4A16_AWQ: INT4_WEIGHTS | PER_GROUP,
+    Algorithm.W4A16_GPTQ: INT4_WEIGHTS | PER_GROUP,
+    Algorithm.W8A8_SQ: INT8_WEIGHTS | ACTIVATIONS,
+    Algorithm.FP8: FP8_QDQ,
+}
+
+_PRECISIONS = {
+    "int8": Algorithm.W8A16,
+    "int4": Algorithm.W4A16,
+    "int4_awq": Algorithm.W4A16_AWQ,
+    "int4_gptq": Algorithm.W4A16_GPTQ,
+}
+
+# What the engine can store and run today; a mode joins when its pack and layer exist.
+SUPPORTED_ALGORITHMS = frozenset({Algorithm.NONE})
+SUPPORTED_KV = frozenset({KVStorage.NONE})
+
+# Flag pairs that contradict each other, with the reason the user reads.
+CLASHES = (
+    ("use_smooth_quant", "use_weight_only", "choose one quantisation of the weights"),
+    ("use_smooth_quant", "enable_fp8", "choose one quantisation of the weights"),
+    ("use_weight_only", "enable_fp8", "choose one quantisation of the weights"),
+    ("int8_kv_cache", "fp8_kv_cache", "the cache has one storage type"),
+)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """One engine's quantisation; `group_size` is 0 for ungrouped modes.
+
+    `per_token` and `per_channel` belong to SmoothQuant: a scale per activation row computed at
+    run time instead of a calibrated one, a weight scale per output channel instead of per tensor.
+    """
+
+    algorithm: Algorithm = Algorithm.NONE
+    group_size: int = 0
+    per_token: bool = False
+    per_channel: bool = False
+    kv: KVStorage = KVStorage.NONE
+
+    @property
+    def quant_mode(self) -> int:
+        """TensorRT-LLM's integer."""
+        bits = _ALGORITHM_BITS[self.algorithm]
+        bits |= PER_CHANNEL if self.per_channel else 0
+        bits |= PER_TOKEN if self.per_token else 0
+        return bits | {KVStorage.NONE: 0, KVStorage.INT8: INT8_KV, KVStorage.FP8: FP8_KV}[self.kv]
+
+    def __str__(self) -> str:
+        name = self.algorithm.value + (f" g{self.group_size}" if self.group_size else "")
+        name += " per-token" if self.per_token else ""
+        name += " per-channel" if self.per_channel else ""
+        return name + (f", {self.kv.value} KV cache" if self.kv is not KVStorage.NONE else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {**values, "algorithm": self.algorithm.value, "kv": self.kv.value}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        kinds = {"algorithm": Algorithm(values["algorithm"]), "kv": KVStorage(values["kv"])}
+        return cls(**{**values, **kinds})
+
+    @classmethod
+    def from_flags(
+        cls,
+        *,
+        use_weight_only: bool = False,
+        weight_only_precision: str = "int8",
+        use_smooth_quant: bool = False,
+        per_token: bool = False,
+        per_channel: bool = False,
+        enable_fp8: bool = False,
+        int8_kv_cache: bool = False,
+        fp8_kv_cache: bool = False,
+        group_size: int = 128,
+    ) -> QuantConfig:
+        """The mode that build.py's flags ask for.
+
+        Raises UserError for contradicting flags and for modes the engine does not have.
+        `--per_group` is understood from the precision and need not be given.
+        """
+        flags = {name: value for name, value in locals().items() if value is True}
+        for first, second, why in CLASHES:
+            if first in flags and second in flags:
+                raise UserError(f"--{first} and --{second} cannot be combined: {why}")
+        for name in ("per_token", "per_channel"):
+            if name in flags and not use_smooth_quant:
+                raise UserError(
+                    f"--{name} belongs to --use_smooth_quant; add that flag or leave this one out"
+                )
+        algorithm = Algorithm.NONE
+        if use_weight_only:
+            algorithm = _PRECISIONS[weight_only_precision]
+        elif use_smooth_quant:
+            algorithm = Algorithm.W8A8_SQ
+        elif enable_fp8:
+            algorithm = Algorithm.FP8
+        kv = KVStorage.INT8 if int8_kv_cache else KVStorage.FP8 if fp8_kv_cache else KVStorage.NONE
+        grouped = algorithm in (Algorithm.W4A16_AWQ, Algorithm.W4A16_GPTQ)
+        config = cls(algorithm, group_size if grouped else 0, per_token, per_channel, kv)
+        config.check_supported()
+        return config
+
+    def check_supported(self) -> None:
+        """Raise UserError unless this engine version can build and run the mode."""
+        if self.algorithm not in SUPPORTED_ALGORITHMS or self.kv not in SUPPORTED_KV:
+            raise UserError(
+                f"quantisation '{self}' is not available in this version; leave the quantisation "
+                "flags out to build a full-precision engine"
+            )

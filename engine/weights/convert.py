@@ -1,0 +1,132 @@
+"""The weight stream: checkpoint → table row → cut per rank → packed arrays, nothing held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint.base import Checkpoint
+from engine.config import ModelConfig
+from engine.mapping import Mapping
+from engine.quant import QuantConfig
+from engine.weights.pack import PACKS, Packed, pack_plain
+from engine.weights.shard import shard_linear, shard_tensor
+from engine.weights.table import YI, Stage, WeightSpec
+from engine.weights.types import Dense, Lazy
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """How a model is stored: engine dtype, quantisation, and the embedding's cut.
+
+    `embedding_dim`: 0 cuts the table by vocabulary, 1 by hidden size, None keeps it whole.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    quant: QuantConfig
+    embedding_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One array of one rank's engine file; `blocks()` yields its rows in order."""
+
+    rank: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def stream_pieces(
+    checkpoint: Checkpoint, plan: StorePlan, ranks: Sequence[Mapping]
+) -> Iterator[Piece]:
+    """Every array of the given ranks, in file order; no weight is read before `blocks()` is.
+
+    Ranks of one pipeline stage alternate row by row of the table, so that a tensor's bytes are
+    still in the page cache when the next rank cuts its part from them.
+    """
+    for spec in YI:
+        if spec.stage is not Stage.EVERY_LAYER:
+            yield from _row_pieces(checkpoint, plan, spec, _holders(spec, ranks, plan.config))
+            if spec.stage is Stage.FIRST:
+                yield from _layer_pieces(checkpoint, plan, ranks)
+
+
+def _layer_pieces(
+    checkpoint: Checkpoint, plan: StorePlan, ranks: Sequence[Mapping]
+) -> Iterator[Piece]:
+    for layer in range(plan.config.num_layers):
+        holders = [
+            (mapping, layer - mapping.layer_span(plan.config).start)
+            for mapping in ranks
+            if layer in range(*mapping.layer_span(plan.config))
+        ]
+        for spec in YI:
+            if spec.stage is Stage.EVERY_LAYER:
+                yield from _row_pieces(checkpoint, plan, spec, holders, layer)
+
+
+def _holders(
+    spec: WeightSpec, ranks: Sequence[Mapping], config: ModelConfig
+) -> list[tuple[Mapping, int]]:
+    """Ranks that store a row outside the layers, each with a slot of 0."""
+
+    def holds(mapping: Mapping) -> bool:
+        if spec.stage is Stage.FIRST:
+            return mapping.is_first_stage
+        return mapping.is_last_stage
+
+    return [(mapping, 0) for mapping in ranks if holds(mapping)]
+
+
+def _row_pieces(
+    checkpoint: Checkpoint,
+    plan: StorePlan,
+    spec: WeightSpec,
+    holders: Sequence[tuple[Mapping, int]],
+    layer: int = 0,
+) -> Iterator[Piece]:
+    for mapping, slot in holders:
+        if spec.target == "head" and shares_embedding(plan, mapping):
+            continue
+        prefix = spec.target.format(i=slot)
+        for packed in _packed(checkpoint, plan, spec, mapping, layer):
+            name = f"{prefix}.{packed.suffix}"
+            yield Piece(mapping.rank, name, packed.dtype, packed.shape, packed.blocks)
+
+
+def _packed(
+    checkpoint: Checkpoint, plan: StorePlan, spec: WeightSpec, mapping: Mapping, layer: int
+) -> list[Packed]:
+    names = [(source.stem.format(i=layer), source.shard) for source in spec.sources]
+    lazies = [(Lazy.whole(checkpoint.tensors[f"{stem}.weight"]), rule) for stem, rule in names]
+    if spec.linear:
+        parts = [shard_linear(Dense(lazy), rule, mapping, plan.config) for lazy, rule in lazies]
+        return PACKS[plan.quant.algorithm](parts, plan.dtype)
+    tensors = [
+        shard_tensor(lazy, rule, mapping, plan.config, plan.embedding_dim) for lazy, rule in lazies
+    ]
+    return pack_plain(tensors, plan.dtype)
+
+
+def shares_embedding(plan: StorePlan, mapping: Mapping) -> bool:
+    """Whether a rank's output head is a view of its embedding table and so is not stored.
+
+    True for tied models where the rank holds both and the head's rows are rows of the table.
+    """
+    whole_rows = plan.embedding_dim != 1 and plan.config.vocab_size % mapping.tp == 0
+    return (
+        plan.config.tie_word_embeddings
+        and mapping.is_first_stage
+        and mapping.is_last_stage
+        and whole_rows
+    )

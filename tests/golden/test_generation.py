@@ -1,0 +1,40 @@
+"""Greedy decoding on one rank: tokens and logits are transformers', however a batch is made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.golden.asking import ask, assert_close, question
+from tests.golden.conftest import NEW_TOKENS, NUM_SCORED
+from tests.golden.truth import END_IDS, TINY_YI
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# What must not change an answer.
+VARIANTS = {
+    "contiguous": "--max_batch_size 32",
+    "few rows": "--max_batch_size 5",
+    "alone": "--max_batch_size 1",
+    "paged 4": "--max_batch_size 32 --paged_kv_cache --tokens_per_block 4",
+    "paged 16": "--max_batch_size 7 --paged_kv_cache --tokens_per_block 16",
+    "chunks of 7": "--max_batch_size 32 --max_num_tokens 7",
+    "chunks of 50": "--max_batch_size 4 --max_num_tokens 50",
+    "paged 4, chunks of 13": (
+        "--max_batch_size 6 --max_num_tokens 13 --paged_kv_cache --tokens_per_block 4"
+    ),
+    "paged 16, chunks of 128": (
+        "--max_batch_size 32 --max_num_tokens 128 --paged_kv_cache --tokens_per_block 16"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_greedy(flags, tiny, open_built, device):
+    session = open_built(TINY_YI, *flags.split(), device=device)
+    asked = question(tiny.prompts, max_new_tokens=NEW_TOKENS, end_ids=END_IDS)
+    answers = ask(session, asked)
+    assert answers.best == tiny.tokens
+    assert_close(answers.logits, tiny.logits)
+    scored = ask(session, question(tiny.prompts[:NUM_SCORED], score=True))
+    assert_close(scored.logits, tiny.scores)

@@ -1,0 +1,107 @@
+"""QuantConfig: flags to modes, TensorRT-LLM's mode integers, refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from engine import quant
+from engine.errors import UserError
+from engine.quant import Algorithm, KVStorage, QuantConfig
+
+
+@pytest.fixture
+def everything_supported(monkeypatch):
+    """Modes are parsed before the check whether this version has them."""
+    monkeypatch.setattr(quant, "SUPPORTED_ALGORITHMS", frozenset(Algorithm))
+    monkeypatch.setattr(quant, "SUPPORTED_KV", frozenset(KVStorage))
+
+
+# Mode integers as TensorRT-LLM's QuantMode gives them for the same flags.
+MODES = [
+    ({}, Algorithm.NONE, 0, 0),
+    ({"use_weight_only": True}, Algorithm.W8A16, 0, 2),
+    ({"use_weight_only": True, "weight_only_precision": "int4"}, Algorithm.W4A16, 0, 1),
+    ({"use_weight_only": True, "weight_only_precision": "int4_awq"}, Algorithm.W4A16_AWQ, 128, 33),
+    (
+        {"use_weight_only": True, "weight_only_precision": "int4_gptq", "group_size": 64},
+        Algorithm.W4A16_GPTQ,
+        64,
+        33,
+    ),
+    ({"weight_only_precision": "int4"}, Algorithm.NONE, 0, 0),
+    ({"use_smooth_quant": True}, Algorithm.W8A8_SQ, 0, 6),
+    ({"use_smooth_quant": True, "per_channel": True}, Algorithm.W8A8_SQ, 0, 14),
+    ({"use_smooth_quant": True, "per_token": True}, Algorithm.W8A8_SQ, 0, 22),
+    (
+        {"use_smooth_quant": True, "per_token": True, "per_channel": True},
+        Algorithm.W8A8_SQ,
+        0,
+        30,
+    ),
+    ({"enable_fp8": True}, Algorithm.FP8, 0, 256),
+    ({"enable_fp8": True, "fp8_kv_cache": True}, Algorithm.FP8, 0, 384),
+    ({"int8_kv_cache": True}, Algorithm.NONE, 0, 64),
+    ({"use_weight_only": True, "int8_kv_cache": True}, Algorithm.W8A16, 0, 66),
+]
+
+
+@pytest.mark.parametrize("flags, algorithm, group_size, mode", MODES)
+def test_flags_become_a_mode(everything_supported, flags, algorithm, group_size, mode):
+    config = QuantConfig.from_flags(**flags)
+    assert (config.algorithm, config.group_size, config.quant_mode) == (algorithm, group_size, mode)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        *itertools.combinations(("use_smooth_quant", "use_weight_only", "enable_fp8"), 2),
+        ("int8_kv_cache", "fp8_kv_cache"),
+    ],
+)
+def test_contradictions_are_refused(everything_supported, first, second):
+    with pytest.raises(UserError, match="^--.* and --.* cannot be combined") as refusal:
+        QuantConfig.from_flags(**{first: True, second: True})
+    assert f"--{first}" in str(refusal.value)
+    assert f"--{second}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("flag", ["per_token", "per_channel"])
+@pytest.mark.parametrize("other", [{}, {"use_weight_only": True}])
+def test_smooth_quant_options_need_smooth_quant(flag, other):
+    with pytest.raises(UserError, match=f"^--{flag} belongs to --use_smooth_quant"):
+        QuantConfig.from_flags(**{flag: True}, **other)
+
+
+@pytest.mark.parametrize("flags, algorithm", [(flags, algorithm) for flags, algorithm, *_ in MODES])
+def test_modes_this_version_lacks_are_refused(flags, algorithm):
+    kv = {"int8_kv_cache": KVStorage.INT8, "fp8_kv_cache": KVStorage.FP8}
+    storage = next((kv[flag] for flag in flags if flag in kv), KVStorage.NONE)
+    if algorithm in quant.SUPPORTED_ALGORITHMS and storage in quant.SUPPORTED_KV:
+        assert QuantConfig.from_flags(**flags).algorithm is algorithm
+    else:
+        with pytest.raises(UserError, match="^quantisation '.*' is not available in this version"):
+            QuantConfig.from_flags(**flags)
+
+
+@pytest.mark.parametrize("flags", [flags for flags, *_ in MODES])
+def test_dict_round_trip(everything_supported, flags):
+    config = QuantConfig.from_flags(**flags)
+    assert QuantConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "config, text",
+    [
+        (QuantConfig(), "none"),
+        (QuantConfig(Algorithm.W4A16_AWQ, 128), "w4a16_awq g128"),
+        (
+            QuantConfig(Algorithm.W8A8_SQ, per_token=True, per_channel=True),
+            "w8a8_sq per-token per-channel",
+        ),
+        (QuantConfig(kv=KVStorage.INT8), "none, int8 KV cache"),
+    ],
+)
+def test_text(config, text):
+    assert str(config) == text

@@ -1,0 +1,202 @@
+"""From build.py's flags to a BuildPlan. Every refusal that needs no weights happens here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping as Names
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from engine.backends import get_backend
+from engine.backends.base import BuildPlan
+from engine.checkpoint.base import Checkpoint
+from engine.config import ModelConfig, Rope, from_flags
+from engine.engine_file import CONFIG_NAME
+from engine.errors import UserError
+from engine.limits import BuildLimits
+from engine.mapping import Mapping
+from engine.plugins import SWITCHES, without_effect
+from engine.quant import QuantConfig
+from engine.record import EngineRecord
+from engine.weights.pack import LAYOUT_VERSION
+from utils.hub import resolve_model_dir
+from weight import WeightSource
+
+__all__ = ["get_backend", "plan_build"]
+
+QUANT_FLAGS = (
+    "use_weight_only",
+    "weight_only_precision",
+    "use_smooth_quant",
+    "per_token",
+    "per_channel",
+    "enable_fp8",
+    "int8_kv_cache",
+    "fp8_kv_cache",
+    "group_size",
+)
+# Flag → field of ModelConfig that it must agree with when a checkpoint is given.
+SHAPE_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_layer": "num_layers",
+    "n_positions": "max_positions",
+    "n_embd": "hidden_size",
+    "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads",
+    "inter_size": "intermediate_size",
+    "hidden_act": "hidden_act",
+    "rms_norm_eps": "rms_norm_eps",
+}
+# Flags whose capability this version does not have, and what that is.
+LATER = {
+    "ft_model_dir": "reading hf_yi_convert.py's folders",
+    "quant_ckpt_path": "reading quantised checkpoints",
+    "quantized_fp8_model_path": "reading FP8 scaling factors",
+    "use_inflight_batching": "in-flight batching",
+    "max_prompt_embedding_table_size": "prompt tuning",
+    "use_lora_plugin": "LoRA",
+    "hf_lora_dir": "LoRA",
+    "moe_num_experts": "mixture of experts",
+    "moe_top_k": "mixture of experts",
+    "moe_tp_mode": "mixture of experts",
+    "moe_renorm_mode": "mixture of experts",
+}
+# What an engine directory takes along so that run.py needs no --tokenizer_dir.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
+    """The build that build.py's `flags` ask for; `defaults` are the values of flags not given.
+
+    Raises UserError for flags that contradict each other, the checkpoint or this version, and
+    CheckpointError for a checkpoint that cannot be built; no weight has been read then.
+    """
+    for flag, what in LATER.items():
+        if flags[flag] != defaults[flag]:
+            raise UserError(f"--{flag}: {what} is not available in this version; leave it out")
+    get_backend(flags["backend"])
+    quant = QuantConfig.from_flags(**{name: flags[name] for name in QUANT_FLAGS})
+    limits = BuildLimits(**{f.name: flags[f.name] for f in fields(BuildLimits)})
+    mapping = _mapping(flags)
+    embedding_dim = flags["embedding_sharding_dim"] if flags["use_parallel_embedding"] else None
+    source = _source(flags)
+    _check_output(Path(flags["output_dir"]))
+    with source.open() as checkpoint:
+        _refuse_quantised(checkpoint)
+        config = _configure(checkpoint, flags, is_dummy=source.dummy is not None)
+        generation = dict(checkpoint.generation)
+    mapping.check(config, embedding_dim=embedding_dim)
+    record = EngineRecord(
+        config=config,
+        dtype=flags["dtype"],
+        quant=quant,
+        mapping=mapping,
+        limits=limits,
+        layout_version=LAYOUT_VERSION,
+        backend=flags["backend"],
+        embedding_dim=embedding_dim,
+        generation=generation,
+        source=str(source),
+        is_dummy=source.dummy is not None,
+    )
+    return BuildPlan(
+        record=record,
+        output_dir=Path(flags["output_dir"]),
+        open_checkpoint=source.open,
+        parallel=flags["parallel_build"],
+        switches={switch.flag: flags[switch.flag] for switch in SWITCHES},
+        ignored=without_effect(flags, defaults),
+        companions=_companions(source),
+    )
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    if checkpoint.quant is not None:
+        raise UserError(
+            f"--model_dir {checkpoint.where} is quantised already ({checkpoint.quant}), and this "
+            "version builds full-precision engines only; give the checkpoint it was made from"
+        )
+
+
+def _mapping(flags: Names[str, Any]) -> Mapping:
+    tp, pp = flags["tp_size"], flags["pp_size"]
+    return Mapping(world=flags["world_size"] or tp * pp, rank=0, tp=tp, pp=pp)
+
+
+def _source(flags: Names[str, Any]) -> WeightSource:
+    model_dir, meta_dir = flags["model_dir"], flags["meta_ckpt_dir"]
+    if model_dir and meta_dir:
+        raise UserError(
+            f"--model_dir {model_dir} and --meta_ckpt_dir {meta_dir} are both given; weights come "
+            "from one of them, leave the other out"
+        )
+    if model_dir is not None:
+        return WeightSource(model_dir=str(resolve_model_dir(model_dir, "--model_dir")))
+    if meta_dir is not None:
+        return WeightSource(meta_ckpt_dir=meta_dir)
+    names = [*SHAPE_FIELDS, "multiple_of", "ffn_dim_multiplier"]
+    shape = from_flags(**{name: flags[name] for name in names})
+    return WeightSource(dummy=shape)
+
+
+def _check_output(output_dir: Path) -> None:
+    """Raise UserError if the engine's config.json would replace a checkpoint's."""
+    try:
+        config = json.loads((output_dir / CONFIG_NAME).read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict) and ("architectures" in config or "model_type" in config):
+        raise UserError(
+            f"--output_dir {output_dir} holds a checkpoint, whose {CONFIG_NAME} the engine's would "
+            "replace; choose another directory"
+        )
+
+
+def _configure(checkpoint: Checkpoint, flags: Names[str, Any], *, is_dummy: bool) -> ModelConfig:
+    """The checkpoint's configuration with the RoPE overrides; shape flags must agree with it."""
+    config = checkpoint.config
+    for flag, field in SHAPE_FIELDS.items():
+        given, found = flags[flag], getattr(config, field)
+        if not is_dummy and given is not None and given != found:
+            raise UserError(
+                f"--{flag} {given} differs from the checkpoint's {found} ({checkpoint.where}); "
+                "shape flags are for builds without a checkpoint, leave it out"
+            )
+    rope = config.rope
+    if flags["rotary_base"] is not None:
+        rope = replace(rope, theta=flags["rotary_base"])
+    if flags["rotary_scaling"] is not None:
+        rope = _scaled(rope, *flags["rotary_scaling"], config.max_positions)
+    return replace(config, rope=rope)
+
+
+def _scaled(rope: Rope, kind: str, factor: str, max_positions: int) -> Rope:
+    try:
+        value = float(factor)
+    except ValueError:
+        value = 0.0
+    if kind not in ("linear", "dynamic") or not 1 < value < math.inf:
+        raise UserError(
+            f"--rotary_scaling {kind} {factor}: the type is linear or dynamic and the factor a "
+            "number above 1, for example --rotary_scaling dynamic 2.0"
+        )
+    return Rope(rope.theta, kind, factor=value, original_max_positions=max_positions)
+
+
+def _companions(source: WeightSource) -> tuple[Path, ...]:
+    folder = source.model_dir or source.meta_ckpt_dir
+    if folder is None:
+        return ()
+    paths = (Path(folder) / name for name in TOKENIZER_FILES)
+    return tuple(path for path in paths if path.is_file())
