@@ -77,9 +77,15 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Dense:
-    """Full-precision weights [N, K]."""
+    """Full-precision weights [N, K].
+
+    `input_scale` and `weight_scale` are what a calibration found for FP8, amax / 448 of the whole
+    input and of the whole matrix; None where there was none.
+    """
 
     weight_NK: Lazy
+    input_scale: float | None = None
+    weight_scale: float | None = None
 
     @property
     def outputs(self) -> int:
@@ -90,10 +96,10 @@ class Dense:
         return self.weight_NK.shape[1]
 
     def narrow_outputs(self, span: Span) -> Dense:
-        return Dense(self.weight_NK.narrow_rows(span))
+        return replace(self, weight_NK=self.weight_NK.narrow_rows(span))
 
     def narrow_inputs(self, span: Span) -> Dense:
-        return Dense(self.weight_NK.narrow_cols(span))
+        return replace(self, weight_NK=self.weight_NK.narrow_cols(span))
 
 
 @dataclass(frozen=True)
