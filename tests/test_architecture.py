@@ -40,7 +40,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("plugins",)),
     (("env",), ("config",), ("quant",), ("limits",), ("engine_file",)),
     (("mapping",), ("comm",), ("threads",), ("cache",)),
-    (("record",), ("weights.types",), ("kernels",)),
+    (("record",), ("weights.types", "weights.deferred"), ("kernels",)),
     (("checkpoint",), ("layers",), ("sampling", "penalties", "beam", "decoding")),
     (("weights",), ("models",)),
     (("graph", "batch", "static_batch"),),
@@ -52,7 +52,15 @@ ONLY = {
     "kernels": ("kernels", "cache", "env", "errors", "quant"),
     "layers": ("layers", "kernels", "cache", "comm", "mapping", "quant", "config", "errors"),
     "models": ("models", "layers", "kernels", "cache", "comm", "mapping", "quant", "config"),
-    "checkpoint": ("checkpoint", "weights.types", "config", "quant", "env", "errors"),
+    "checkpoint": (
+        "checkpoint",
+        "weights.types",
+        "weights.deferred",
+        "config",
+        "quant",
+        "env",
+        "errors",
+    ),
     "weights": ("weights", "checkpoint.base", "mapping", "config", "quant", "errors"),
 }
 # Lines of code: neither blank nor a comment.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable, Sequence
@@ -60,8 +61,21 @@ def write_ranks(
         for writer in writers.values():
             writer.abandon()
         raise
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss()
     return [RankResult(rank, file, peak, os.getpid()) for rank, file in files.items()]
+
+
+def peak_rss() -> int:
+    """Bytes of memory this process has held at most.
+
+    Linux's own mark where there is one: getrusage's includes what the parent held at the start.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    [kibibytes] = re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(kibibytes) * 1024
 
 
 def build_in_processes(

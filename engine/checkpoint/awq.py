@@ -13,7 +13,7 @@ from engine.checkpoint.linear_layers import linear_shapes
 from engine.checkpoint.quant_groups import Groups, read_groups, require_multiples
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_scale
 from engine.checkpoint.quant_settings import Settings, find_left_out
-from engine.checkpoint.quantised import Field, LinearFormat, StoredLinear
+from engine.checkpoint.quantised import Field, LinearFormat, StoredLinear, sketch_groups
 from engine.config import ModelConfig
 from engine.quant import Algorithm, QuantConfig
 from engine.weights.types import Int4Groups
@@ -47,6 +47,9 @@ class AwqGemm(LinearFormat):
             group_size=self.groups.engine,
             zero_NR=self.groups.spread(zero_NR, linear.inputs),
         )
+
+    def sketch(self, linear: StoredLinear) -> Int4Groups:
+        return sketch_groups(linear, self.groups, has_zero=True)
 
 
 def unpack_outputs(words_KW: Tensor) -> Tensor:

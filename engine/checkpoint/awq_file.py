@@ -28,7 +28,13 @@ from engine.checkpoint.linear_layers import linear_shapes
 from engine.checkpoint.npz_file import NpzFile
 from engine.checkpoint.quant_groups import WHOLE_ROW, Groups, plan_groups
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_scale
-from engine.checkpoint.quantised import Field, LinearFormat, QuantisedCheckpoint, StoredLinear
+from engine.checkpoint.quantised import (
+    Field,
+    LinearFormat,
+    QuantisedCheckpoint,
+    StoredLinear,
+    sketch_groups,
+)
 from engine.checkpoint.quantised_file import find_file, merge_with_base, refuse_quantised_base
 from engine.checkpoint.torch_file import TorchFile
 from engine.errors import CheckpointError, UserError
@@ -107,6 +113,10 @@ class SmoothedAwq(LinearFormat):
             group_size=self.groups.engine,
             pre_scale_K=pre_scale_K,
         )
+
+    def sketch(self, linear: StoredLinear) -> Int4Groups:
+        is_scaled = any(self.kind.pre_scale in peer for peer in linear.peers)
+        return sketch_groups(linear, self.groups, has_pre_scale=is_scaled)
 
     def _read_pre_scale(self, linear: StoredLinear) -> tuple[Tensor | None, Tensor | None]:
         """The factor of the input, and what the weights are multiplied with to fit it (or None).

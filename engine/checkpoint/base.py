@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.quant import QuantConfig
+from engine.weights.deferred import Deferred
 from engine.weights.types import Dense, Lazy, LinearWeights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -192,6 +193,10 @@ class Checkpoint:
         Quantised ones are read and unpacked at once; CheckpointError if they cannot be right.
         """
         return Dense(Lazy.whole(self.tensors[f"{stem}.weight"]))
+
+    def lazy_linear(self, stem: str) -> LinearWeights | Deferred:
+        """As `linear`, but nothing is read before the values are asked for."""
+        return self.linear(stem)
 
     def kv_scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """fp32 [1] or [kv heads] scales of the keys and of the values, cached value = code · scale.

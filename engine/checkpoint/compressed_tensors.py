@@ -22,7 +22,13 @@ from engine.checkpoint.quant_groups import (
 )
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_scale
 from engine.checkpoint.quant_settings import Settings, compile_pattern, find_left_out
-from engine.checkpoint.quantised import Field, FullPrecision, LinearFormat, StoredLinear
+from engine.checkpoint.quantised import (
+    Field,
+    FullPrecision,
+    LinearFormat,
+    StoredLinear,
+    sketch_groups,
+)
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.quant import Algorithm, KVStorage, QuantConfig
@@ -86,6 +92,9 @@ class PackedInt4(LinearFormat):
             group_size=self.groups.engine,
             zero_NR=zero_NR,
         )
+
+    def sketch(self, linear: StoredLinear) -> Int4Groups:
+        return sketch_groups(linear, self.groups, has_zero=not self.is_symmetric)
 
 
 def unpack_inputs(words_NW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_largest, read_scale
-from engine.checkpoint.quantised import Field, LinearFormat, StoredLinear
+from engine.checkpoint.quantised import Field, LinearFormat, StoredLinear, meta
 from engine.errors import CheckpointError
 from engine.quant import Algorithm, QuantConfig
 from engine.weights.types import Fp8, Int8
@@ -64,6 +64,16 @@ class EightBit(LinearFormat):
         if self.is_smoothed:
             smoother_K = read_shared_factor(linear, PRE_QUANT_SCALE).reciprocal()
         return Int8(codes_NK, scale_N, input_scale, smoother_K)
+
+    def sketch(self, linear: StoredLinear) -> Int8 | Fp8:
+        dtype = CODE_DTYPES[self.quant.algorithm]
+        codes_NK, scale_N = meta(linear.outputs, linear.inputs, dtype=dtype), meta(linear.outputs)
+        input_scale = None if self.quant.per_token else 1.0
+        if self.quant.algorithm is Algorithm.FP8:
+            return Fp8(codes_NK, scale_N, input_scale)
+        return Int8(
+            codes_NK, scale_N, input_scale, meta(linear.inputs) if self.is_smoothed else None
+        )
 
 
 def read_shared_factor(linear: StoredLinear, suffix: str) -> Tensor:

@@ -16,7 +16,7 @@ from engine.checkpoint.linear_layers import linear_shapes
 from engine.checkpoint.quant_groups import WHOLE_ROW, Groups, read_groups, require_multiples
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_scale
 from engine.checkpoint.quant_settings import Settings, compile_pattern, find_left_out
-from engine.checkpoint.quantised import Field, LinearFormat, StoredLinear
+from engine.checkpoint.quantised import Field, LinearFormat, StoredLinear, sketch_groups
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.quant import Algorithm, QuantConfig
@@ -72,6 +72,9 @@ class Gptq(LinearFormat):
             group_size=self.groups.engine,
             zero_NR=self._read_zeros(linear),
         )
+
+    def sketch(self, linear: StoredLinear) -> Int4Groups:
+        return sketch_groups(linear, self.groups, has_zero=not self.sym)
 
     def _read_zeros(self, linear: StoredLinear) -> Tensor | None:
         zero_NR = unpack_nibbles(linear.read("qzeros")).T + self.zero_bias

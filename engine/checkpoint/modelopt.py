@@ -15,7 +15,13 @@ from engine.checkpoint.linear_layers import linear_shapes
 from engine.checkpoint.quant_groups import Groups, read_groups, require_multiples
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_scale
 from engine.checkpoint.quant_settings import Settings, find_left_out
-from engine.checkpoint.quantised import Field, FullPrecision, LinearFormat, StoredLinear
+from engine.checkpoint.quantised import (
+    Field,
+    FullPrecision,
+    LinearFormat,
+    StoredLinear,
+    sketch_groups,
+)
 from engine.config import ModelConfig
 from engine.quant import Algorithm, KVStorage, QuantConfig
 from engine.weights.types import Int4Groups
@@ -59,6 +65,10 @@ class PackedAwq(LinearFormat):
             group_size=self.groups.engine,
             pre_scale_K=pre_scale_K,
         )
+
+    def sketch(self, linear: StoredLinear) -> Int4Groups:
+        is_scaled = any(PRE_QUANT_SCALE in peer for peer in linear.peers)
+        return sketch_groups(linear, self.groups, has_pre_scale=is_scaled)
 
 
 def unpack_rows(bytes_MK: Tensor) -> Tensor:

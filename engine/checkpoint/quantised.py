@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,16 @@ from engine.checkpoint.base import (
     canonical_shapes,
 )
 from engine.checkpoint.linear_layers import find_peers, is_linear, linear_shapes
+from engine.checkpoint.quant_groups import Groups
 from engine.checkpoint.quant_scales import SCALE_DTYPES, read_scale
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.quant import KVStorage, QuantConfig
-from engine.weights.types import Dense, Lazy, LinearWeights
+from engine.weights.deferred import Deferred
+from engine.weights.types import Dense, Int4Groups, Lazy, LinearWeights
+
+# Layers that an engine joins into one at most: q, k and v.
+JOINED_LAYERS = 3
 
 
 class Field(NamedTuple):
@@ -76,6 +82,10 @@ class LinearFormat(ABC):
     def unpack(self, linear: StoredLinear) -> LinearWeights:
         """Read one layer; CheckpointError for scales or settings that cannot be right."""
 
+    @abstractmethod
+    def sketch(self, linear: StoredLinear) -> LinearWeights:
+        """What `unpack` will give, on the meta device; reads nothing."""
+
     def check(self, linear: StoredLinear) -> None:
         """What names, shapes and dtypes do not show; CheckpointError. Reads no weights."""
         return
@@ -93,6 +103,9 @@ class FullPrecision(LinearFormat):
 
     def unpack(self, linear: StoredLinear) -> Dense:
         return Dense(Lazy.whole(linear.tensors["weight"]))
+
+    def sketch(self, linear: StoredLinear) -> Dense:
+        return self.unpack(linear)
 
 
 class QuantisedCheckpoint(Checkpoint):
@@ -132,6 +145,8 @@ class QuantisedCheckpoint(Checkpoint):
         self._kv = {}
         if self.quant.kv is not KVStorage.NONE:
             self._kv = {i: self._take_kv(i, rest) for i in range(config.num_layers)}
+        # Ranks that cut the same layer ask for it one after the other.
+        self._unpacked = lru_cache(maxsize=JOINED_LAYERS)(self.linear)
         super().__init__(
             where, config, rest, generation=generation, dropped=dropped, resources=resources
         )
@@ -141,6 +156,12 @@ class QuantisedCheckpoint(Checkpoint):
 
     def linear(self, stem: str) -> LinearWeights:
         return self.format.unpack(self._linears[stem])
+
+    def lazy_linear(self, stem: str) -> LinearWeights | Deferred:
+        sketch = self.format.sketch(self._linears[stem])
+        if isinstance(sketch, Dense):
+            return sketch
+        return Deferred.by_loading(sketch, partial(self._unpacked, stem))
 
     def kv_scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
         pair = self._kv.get(layer)
@@ -212,6 +233,24 @@ class QuantisedCheckpoint(Checkpoint):
                     "be; quantise the model again without it"
                 )
         return super()._foreign_reason(name)
+
+
+def sketch_groups(
+    linear: StoredLinear, groups: Groups, *, has_zero: bool = False, has_pre_scale: bool = False
+) -> Int4Groups:
+    """4-bit weights in `groups` on the meta device."""
+    count = linear.inputs // groups.engine
+    return Int4Groups(
+        codes_NK=meta(linear.outputs, linear.inputs, dtype=torch.uint8),
+        scale_NR=meta(linear.outputs, count),
+        group_size=groups.engine,
+        zero_NR=meta(linear.outputs, count, dtype=torch.uint8) if has_zero else None,
+        pre_scale_K=meta(linear.inputs) if has_pre_scale else None,
+    )
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _check_field(source: TensorSource, field: Field) -> None:
