@@ -153,7 +153,9 @@ def _add_quant_flags(parser: Parser) -> None:
         "--per_group", action="store_true", help="grouped scales; implied by int4_awq and int4_gptq"
     )
     group.add_argument(
-        "--group_size", type=positive_int, default=128, help="inputs of a group (%(default)s)"
+        "--group_size",
+        type=positive_int,
+        help="inputs of a group (default: the checkpoint's own, or 128)",
     )
     group.add_argument("--enable_fp8", action="store_true", help="FP8 weights and activations")
     group.add_argument("--int8_kv_cache", action="store_true", help="store the KV cache as INT8")

@@ -7,7 +7,7 @@ TensorRT-LLM calls quant_mode is written for compatibility and never branched on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -55,9 +55,11 @@ _PRECISIONS = {
     "int4_gptq": Algorithm.W4A16_GPTQ,
 }
 
-# What the engine can store and run today; a mode joins when its pack and layer exist.
-SUPPORTED_ALGORITHMS = frozenset({Algorithm.NONE})
-SUPPORTED_KV = frozenset({KVStorage.NONE})
+DEFAULT_GROUP_SIZE = 128
+GROUPED = (Algorithm.W4A16_AWQ, Algorithm.W4A16_GPTQ)
+
+# The largest code of a cache's storage type; a scale is the largest value over it.
+KV_CODE_MAX = {KVStorage.INT8: 127.0, KVStorage.FP8: 448.0}
 
 # Flag pairs that contradict each other, with the reason the user reads.
 CLASHES = (
@@ -117,11 +119,10 @@ class QuantConfig:
         enable_fp8: bool = False,
         int8_kv_cache: bool = False,
         fp8_kv_cache: bool = False,
-        group_size: int = 128,
+        group_size: int | None = None,
     ) -> QuantConfig:
-        """The mode that build.py's flags ask for.
+        """The mode that build.py's flags ask for; UserError for contradicting flags.
 
-        Raises UserError for contradicting flags and for modes the engine does not have.
         `--per_group` is understood from the precision and need not be given.
         """
         flags = {name: value for name, value in locals().items() if value is True}
@@ -133,6 +134,11 @@ class QuantConfig:
                 raise UserError(
                     f"--{name} belongs to --use_smooth_quant; add that flag or leave this one out"
                 )
+        if weight_only_precision != "int8" and not use_weight_only:
+            raise UserError(
+                f"--weight_only_precision {weight_only_precision} belongs to --use_weight_only; "
+                "add that flag or leave this one out"
+            )
         algorithm = Algorithm.NONE
         if use_weight_only:
             algorithm = _PRECISIONS[weight_only_precision]
@@ -141,15 +147,28 @@ class QuantConfig:
         elif enable_fp8:
             algorithm = Algorithm.FP8
         kv = KVStorage.INT8 if int8_kv_cache else KVStorage.FP8 if fp8_kv_cache else KVStorage.NONE
-        grouped = algorithm in (Algorithm.W4A16_AWQ, Algorithm.W4A16_GPTQ)
-        config = cls(algorithm, group_size if grouped else 0, per_token, per_channel, kv)
-        config.check_supported()
-        return config
-
-    def check_supported(self) -> None:
-        """Raise UserError unless this engine version can build and run the mode."""
-        if self.algorithm not in SUPPORTED_ALGORITHMS or self.kv not in SUPPORTED_KV:
+        if group_size is not None and algorithm not in GROUPED:
             raise UserError(
-                f"quantisation '{self}' is not available in this version; leave the quantisation "
-                "flags out to build a full-precision engine"
+                f"--group_size {group_size} belongs to --weight_only_precision int4_awq or "
+                "int4_gptq; add that flag or leave this one out"
             )
+        group_size = (group_size or DEFAULT_GROUP_SIZE) if algorithm in GROUPED else 0
+        return cls(algorithm, group_size, per_token, per_channel, kv)
+
+    def joined(self, found: QuantConfig | None, *, is_group_given: bool) -> QuantConfig:
+        """What these flags mean for a checkpoint that is quantised as `found` (None: it is not).
+
+        Flags that say nothing take over what the checkpoint is. Whether given ones fit its
+        weights is seen when these are packed.
+        """
+        if found is None:
+            return self
+        kv = found.kv if self.kv is KVStorage.NONE else self.kv
+        if self.algorithm is Algorithm.NONE:
+            return replace(found, kv=kv)
+        if self.algorithm is not found.algorithm:
+            return replace(self, kv=kv)
+        group_size = self.group_size if is_group_given else found.group_size
+        if self.algorithm is Algorithm.FP8:
+            return replace(found, kv=kv)
+        return replace(self, kv=kv, group_size=group_size)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping as Names
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
 from engine.backends import get_backend
 from engine.backends.base import BuildPlan
 from engine.checkpoint.base import Checkpoint
+from engine.checkpoint.open import Paths
 from engine.config import ModelConfig, Rope, from_flags
 from engine.engine_file import CONFIG_NAME
 from engine.errors import UserError
 from engine.limits import BuildLimits
 from engine.mapping import Mapping
 from engine.plugins import SWITCHES, without_effect
-from engine.quant import QuantConfig
+from engine.quant import Algorithm, KVStorage, QuantConfig
 from engine.record import EngineRecord
 from engine.weights.pack import LAYOUT_VERSION
+from engine.weights.quantize import quantize
 from utils.hub import resolve_model_dir
 from weight import WeightSource
 
@@ -51,9 +53,6 @@ SHAPE_FIELDS = {
 }
 # Flags whose capability this version does not have, and what that is.
 LATER = {
-    "ft_model_dir": "reading hf_yi_convert.py's folders",
-    "quant_ckpt_path": "reading quantised checkpoints",
-    "quantized_fp8_model_path": "reading FP8 scaling factors",
     "use_inflight_batching": "in-flight batching",
     "max_prompt_embedding_table_size": "prompt tuning",
     "use_lora_plugin": "LoRA",
@@ -63,6 +62,7 @@ LATER = {
     "moe_tp_mode": "mixture of experts",
     "moe_renorm_mode": "mixture of experts",
 }
+FIRST_LINEAR = "model.layers.0.self_attn.q_proj"
 # What an engine directory takes along so that run.py needs no --tokenizer_dir.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -86,16 +86,22 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
         if flags[flag] != defaults[flag]:
             raise UserError(f"--{flag}: {what} is not available in this version; leave it out")
     get_backend(flags["backend"])
-    quant = QuantConfig.from_flags(**{name: flags[name] for name in QUANT_FLAGS})
+    asked = QuantConfig.from_flags(**{name: flags[name] for name in QUANT_FLAGS})
     limits = BuildLimits(**{f.name: flags[f.name] for f in fields(BuildLimits)})
     mapping = _mapping(flags)
     embedding_dim = flags["embedding_sharding_dim"] if flags["use_parallel_embedding"] else None
-    source = _source(flags)
+    source = _source(flags, asked)
     _check_output(Path(flags["output_dir"]))
     with source.open() as checkpoint:
-        _refuse_quantised(checkpoint)
+        quant = _settle_quant(
+            asked,
+            checkpoint,
+            is_group_given=flags["group_size"] is not None,
+            is_dummy=source.dummy is not None,
+        )
         config = _configure(checkpoint, flags, is_dummy=source.dummy is not None)
         generation = dict(checkpoint.generation)
+        notes = _quant_notes(quant, checkpoint)
     mapping.check(config, embedding_dim=embedding_dim)
     record = EngineRecord(
         config=config,
@@ -118,15 +124,47 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
         switches={switch.flag: flags[switch.flag] for switch in SWITCHES},
         ignored=without_effect(flags, defaults),
         companions=_companions(source),
+        warnings=notes,
     )
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if checkpoint.quant is not None:
+def _settle_quant(
+    asked: QuantConfig, checkpoint: Checkpoint, *, is_group_given: bool, is_dummy: bool
+) -> QuantConfig:
+    """The engine's quantisation: the flags, completed by what the checkpoint is.
+
+    Raises UserError for weights that do not fit it, and for an INT8 cache without calibrated
+    scales, whose output would be noise.
+    """
+    quant = asked.joined(checkpoint.quant, is_group_given=is_group_given)
+    if quant.algorithm is Algorithm.FP8 and checkpoint.quant is None:
+        is_calibrated = checkpoint.is_calibrated
+        quant = replace(quant, per_token=not is_calibrated, per_channel=not is_calibrated)
+    if quant.kv is KVStorage.INT8 and checkpoint.cache_scales(0, quant.kv) is None:
         raise UserError(
-            f"--model_dir {checkpoint.where} is quantised already ({checkpoint.quant}), and this "
-            "version builds full-precision engines only; give the checkpoint it was made from"
+            "--int8_kv_cache needs calibrated scales, which this checkpoint does not have; make "
+            "them with hf_yi_convert.py --calibrate-kv-cache and name its N-gpu folder as "
+            "--ft_model_dir"
         )
+    # What does not fit is refused now, by the first layer, and not after the others are planned.
+    quantize(checkpoint.lazy_linear(FIRST_LINEAR), quant, is_dummy=is_dummy)
+    return quant
+
+
+def _quant_notes(quant: QuantConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user should know of scales that are missing."""
+    notes = []
+    if quant.algorithm is Algorithm.FP8 and quant.per_token and checkpoint.quant is None:
+        notes.append(
+            "no FP8 scales were given (--quantized_fp8_model_path): weights get a scale per output "
+            "and activations one per token at run time"
+        )
+    if quant.kv is KVStorage.FP8 and checkpoint.cache_scales(0, quant.kv) is None:
+        notes.append(
+            "no calibrated scales for the FP8 KV cache were given, 1.0 is used; "
+            "quantize.py --qformat fp8 or hf_yi_convert.py --calibrate-kv-cache makes them"
+        )
+    return tuple(notes)
 
 
 def _mapping(flags: Names[str, Any]) -> Mapping:
@@ -134,20 +172,16 @@ def _mapping(flags: Names[str, Any]) -> Mapping:
     return Mapping(world=flags["world_size"] or tp * pp, rank=0, tp=tp, pp=pp)
 
 
-def _source(flags: Names[str, Any]) -> WeightSource:
-    model_dir, meta_dir = flags["model_dir"], flags["meta_ckpt_dir"]
-    if model_dir and meta_dir:
-        raise UserError(
-            f"--model_dir {model_dir} and --meta_ckpt_dir {meta_dir} are both given; weights come "
-            "from one of them, leave the other out"
-        )
-    if model_dir is not None:
-        return WeightSource(model_dir=str(resolve_model_dir(model_dir, "--model_dir")))
-    if meta_dir is not None:
-        return WeightSource(meta_ckpt_dir=meta_dir)
+def _source(flags: Names[str, Any], quant: QuantConfig) -> WeightSource:
+    paths = Paths(**{field.name: flags[field.name] for field in fields(Paths)})
+    if paths.model_dir is not None:
+        folder = resolve_model_dir(paths.model_dir, "--model_dir")
+        paths = replace(paths, model_dir=str(folder))
+    if any(value is not None for value in astuple(paths)):
+        return WeightSource(paths, quant)
     names = [*SHAPE_FIELDS, "multiple_of", "ffn_dim_multiplier"]
     shape = from_flags(**{name: flags[name] for name in names})
-    return WeightSource(dummy=shape)
+    return WeightSource(quant=quant, dummy=shape)
 
 
 def _check_output(output_dir: Path) -> None:
@@ -195,7 +229,7 @@ def _scaled(rope: Rope, kind: str, factor: str, max_positions: int) -> Rope:
 
 
 def _companions(source: WeightSource) -> tuple[Path, ...]:
-    folder = source.model_dir or source.meta_ckpt_dir
+    folder = getattr(source.paths, source.paths.weights_flag)
     if folder is None:
         return ()
     paths = (Path(folder) / name for name in TOKENIZER_FILES)

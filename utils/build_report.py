@@ -19,6 +19,8 @@ def announce(plan: BuildPlan) -> None:
         log.warn_loudly(
             f"No checkpoint was given (--model_dir): {DUMMY_NOTE}. Good for sizing and speed only."
         )
+    for note in plan.warnings:
+        logger.warning(note)
     if plan.ignored:
         logger.info("no effect on the %s backend: %s", record.backend, "; ".join(plan.ignored))
     limits, config = record.limits, record.config

@@ -21,7 +21,8 @@ class BuildPlan:
 
     `open_checkpoint` is called in every process that reads weights, so it is picklable;
     `switches` are build.py's TensorRT flags for plugin_config and `ignored` says which of them have
-    no effect; `companions` are small files (the tokenizer's) that go into the directory unchanged.
+    no effect; `companions` are small files (the tokenizer's) that go into the directory unchanged;
+    `warnings` are what the user should know before the work.
     """
 
     record: EngineRecord
@@ -31,6 +32,7 @@ class BuildPlan:
     switches: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     companions: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class BuildReport(NamedTuple):

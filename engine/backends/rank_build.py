@@ -37,7 +37,13 @@ class RankResult(NamedTuple):
 
 
 def store_plan(record: EngineRecord) -> StorePlan:
-    return StorePlan(record.config, DTYPES[record.dtype], record.quant, record.embedding_dim)
+    return StorePlan(
+        record.config,
+        DTYPES[record.dtype],
+        record.quant,
+        record.embedding_dim,
+        is_dummy=record.is_dummy,
+    )
 
 
 def write_ranks(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
 from types import TracebackType
@@ -19,13 +19,16 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.quant import QuantConfig
+from engine.quant import KV_CODE_MAX, KVStorage, QuantConfig
 from engine.weights.deferred import Deferred
 from engine.weights.types import Dense, Lazy, LinearWeights
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+
+# Scales of the cached keys and of the cached values of a layer.
+KVPair = tuple[Tensor, Tensor]
 
 # The dtypes that full-precision weights may be stored in.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -140,9 +143,12 @@ class Checkpoint:
     dropped     tensors of the files that are known and not needed
     leftovers   tensors of the files that the network has no place for; `check` refuses them
     quant       what the files are quantised to; None for full precision
+    kv_storage  the storage type of the KV cache that `kv_scales` belong to
     """
 
     quant: QuantConfig | None = None
+    kv_storage: KVStorage = KVStorage.NONE
+    _given_kv: Sequence[KVPair] | None = None
 
     def __init__(
         self,
@@ -198,7 +204,25 @@ class Checkpoint:
         """As `linear`, but nothing is read before the values are asked for."""
         return self.linear(stem)
 
-    def kv_scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether full-precision weights carry the scales of FP8."""
+        weights = self.lazy_linear("model.layers.0.self_attn.q_proj")
+        return isinstance(weights, Dense) and weights.input_scale is not None
+
+    def give_kv_scales(self, scales: Sequence[KVPair], storage: KVStorage) -> None:
+        """Let `scales`, one pair a layer, stand for what the files themselves say."""
+        self._given_kv, self.kv_storage = scales, storage
+
+    def cache_scales(self, layer: int, storage: KVStorage) -> KVPair | None:
+        """`kv_scales` for a cache of type `storage`; None where no calibration is known."""
+        found = self.kv_scales(layer) if self._given_kv is None else self._given_kv[layer]
+        if found is None:
+            return None
+        factor = KV_CODE_MAX[self.kv_storage] / KV_CODE_MAX[storage]
+        return found[0] * factor, found[1] * factor
+
+    def kv_scales(self, layer: int) -> KVPair | None:
         """fp32 [1] or [kv heads] scales of the keys and of the values, cached value = code · scale.
 
         None if the files have none.

@@ -126,7 +126,7 @@ class QuantisedCheckpoint(Checkpoint):
         resources: ExitStack | None = None,
     ) -> None:
         self.format = linear_format
-        self.quant = linear_format.quant
+        self.quant, self.kv_storage = linear_format.quant, linear_format.quant.kv
         rest = dict(sources)
         found = {
             stem: {

@@ -11,11 +11,12 @@ from torch import Tensor
 from engine.checkpoint.base import Checkpoint
 from engine.config import ModelConfig
 from engine.mapping import Mapping
-from engine.quant import QuantConfig
+from engine.quant import KVStorage, QuantConfig
 from engine.weights.pack import PACKS, Packed, pack_plain
+from engine.weights.quantize import quantize
 from engine.weights.shard import shard_linear, shard_tensor
 from engine.weights.table import YI, Stage, WeightSpec
-from engine.weights.types import Dense, Lazy
+from engine.weights.types import Lazy
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class StorePlan:
     """How a model is stored: engine dtype, quantisation, and the embedding's cut.
 
     `embedding_dim`: 0 cuts the table by vocabulary, 1 by hidden size, None keeps it whole.
+    `is_dummy`: the weights are random, so modes that need calibration do without.
     """
 
     config: ModelConfig
     dtype: torch.dtype
     quant: QuantConfig
     embedding_dim: int | None = None
+    is_dummy: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,27 @@ def _layer_pieces(
         for spec in YI:
             if spec.stage is Stage.EVERY_LAYER:
                 yield from _row_pieces(checkpoint, plan, spec, holders, layer)
+        if plan.quant.kv is not KVStorage.NONE:
+            for mapping, slot in holders:
+                yield _cache_scales(checkpoint, plan, mapping, slot, layer)
+
+
+def _cache_scales(
+    checkpoint: Checkpoint, plan: StorePlan, mapping: Mapping, slot: int, layer: int
+) -> Piece:
+    """Scales fp32 [2, kv heads of the rank] of a quantised cache: keys, then values.
+
+    Without a calibration they are 1, which only an FP8 cache can do with.
+    """
+    heads = mapping.kv_head_span(plan.config)
+
+    def blocks() -> Iterator[Tensor]:
+        pair = checkpoint.cache_scales(layer, plan.quant.kv) or (torch.ones(1), torch.ones(1))
+        rows = [scale_G.expand(plan.config.num_kv_heads)[slice(*heads)] for scale_G in pair]
+        yield torch.stack(rows)
+
+    name = f"blocks.{slot}.attn.kv_scale"
+    return Piece(mapping.rank, name, torch.float32, (2, heads.size), blocks)
 
 
 def _holders(
@@ -108,10 +132,17 @@ def _packed(
     checkpoint: Checkpoint, plan: StorePlan, spec: WeightSpec, mapping: Mapping, layer: int
 ) -> list[Packed]:
     names = [(source.stem.format(i=layer), source.shard) for source in spec.sources]
-    lazies = [(Lazy.whole(checkpoint.tensors[f"{stem}.weight"]), rule) for stem, rule in names]
     if spec.linear:
-        parts = [shard_linear(Dense(lazy), rule, mapping, plan.config) for lazy, rule in lazies]
+        whole = [
+            quantize(checkpoint.lazy_linear(stem), plan.quant, is_dummy=plan.is_dummy)
+            for stem, _ in names
+        ]
+        parts = [
+            shard_linear(weights, rule, mapping, plan.config)
+            for weights, (_, rule) in zip(whole, names, strict=True)
+        ]
         return PACKS[plan.quant.algorithm](parts, plan.dtype)
+    lazies = [(Lazy.whole(checkpoint.tensors[f"{stem}.weight"]), rule) for stem, rule in names]
     tensors = [
         shard_tensor(lazy, rule, mapping, plan.config, plan.embedding_dim) for lazy, rule in lazies
     ]

@@ -7,7 +7,7 @@ number of ranks; rows are read and rounded only when an engine file is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -25,34 +25,39 @@ from engine.weights.types import Dense, Fp8, Int4, Int4Groups, Int8, LinearWeigh
 MIN_SMOOTHER = 1e-5
 
 
-def quantize(weights: LinearWeights | Deferred, quant: QuantConfig) -> LinearWeights | Deferred:
+def quantize(
+    weights: LinearWeights | Deferred, quant: QuantConfig, *, is_dummy: bool = False
+) -> LinearWeights | Deferred:
     """`weights` as mode `quant` stores them.
 
     Full-precision weights are rounded, each output by itself; quantised ones are passed on. Raises
-    UserError for those that do not fit the mode, and for modes that need calibration.
+    UserError for those that do not fit the mode, and for modes that need calibration, unless the
+    weights are random anyway (`is_dummy`).
     """
     if isinstance(weights, Dense) and quant.algorithm is not Algorithm.NONE:
-        if quant.algorithm not in _ROUNDERS:
-            raise UserError(f"'{quant}' {_REMEDIES[quant.algorithm]}")
-        return _round(weights, _ROUNDERS[quant.algorithm])
+        if quant.algorithm is Algorithm.FP8 and weights.input_scale is not None:
+            return quantize_fp8(weights)
+        if quant.algorithm in _ROUNDERS:
+            return _round(weights, _ROUNDERS[quant.algorithm])
+        if is_dummy:
+            return _round(weights, _dummy_rounder(quant))
+        raise UserError(f"'{quant}' {_REMEDIES[quant.algorithm]}")
     _require_fit(weights.sketch if isinstance(weights, Deferred) else weights, quant)
     return weights
 
 
-def quantize_fp8(
-    weights: Dense, *, input_scale: float, weight_scale: float | None = None
-) -> Deferred:
-    """Per-tensor FP8 with a calibrated scale of the input and, where known, of the weights."""
+def quantize_fp8(weights: Dense) -> Deferred:
+    """Per-tensor FP8 with the calibrated scale of the input and, where known, of the weights."""
 
     @cache
     def scale() -> float:
-        if weight_scale is not None:
-            return weight_scale
+        if weights.weight_scale is not None:
+            return weights.weight_scale
         parts = [numerics.amax_tensor(block) for block in weights.weight_NK.blocks()]
         return (torch.stack(parts).max() / numerics.FP8_MAX).item()
 
     def make(codes_NK: Tensor, scale_N: Tensor) -> Fp8:
-        return Fp8(codes_NK, scale_N, input_scale)
+        return Fp8(codes_NK, scale_N, weights.input_scale)
 
     def round_rows(w_NK: Tensor) -> tuple[Tensor, Tensor]:
         return numerics.fp8_tensor(w_NK, scale())
@@ -93,11 +98,13 @@ def smooth_norm(weight_E: Tensor, smoother_K: Tensor) -> Tensor:
 
 
 class Rounder(NamedTuple):
-    """How full precision becomes `kind`: codes of `dtype` and one scale per output."""
+    """How full precision becomes `kind`: codes of `dtype` and one scale per output, or per group
+    of `group_size` inputs of it."""
 
     kind: Callable[[Tensor, Tensor], LinearWeights]
     dtype: torch.dtype
     round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    group_size: int = 0
 
 
 _ROUNDERS = {
@@ -105,6 +112,23 @@ _ROUNDERS = {
     Algorithm.W4A16: Rounder(Int4, torch.uint8, numerics.int4_rows),
     Algorithm.FP8: Rounder(Fp8, numerics.FP8, numerics.fp8_rows),
 }
+
+# Inputs of a model with random weights are normed and stay within some standard deviations.
+DUMMY_INPUT_SCALE = 6.0 / numerics.INT8_MAX
+
+
+def _dummy_rounder(quant: QuantConfig) -> Rounder:
+    """Rounds to the nearest where a real build needs calibration."""
+    if quant.algorithm is Algorithm.W8A8_SQ:
+        input_scale = None if quant.per_token else DUMMY_INPUT_SCALE
+        return Rounder(partial(Int8, input_scale=input_scale), torch.int8, numerics.int8_rows)
+    return Rounder(
+        partial(Int4Groups, group_size=quant.group_size),
+        torch.uint8,
+        partial(numerics.int4_groups, group_size=quant.group_size),
+        quant.group_size,
+    )
+
 
 _REMEDIES = {
     Algorithm.W8A8_SQ: "(--use_smooth_quant) needs a calibrated checkpoint but these weights are "
@@ -145,7 +169,9 @@ def _round(weights: Dense, rounder: Rounder) -> Deferred:
             yield rounder.kind(*rounder.round_rows(block_NK))
 
     codes_NK = torch.empty(weights.outputs, weights.inputs, dtype=rounder.dtype, device="meta")
-    return Deferred(rounder.kind(codes_NK, torch.empty(weights.outputs, device="meta")), read)
+    per_row = (weights.inputs // rounder.group_size,) if rounder.group_size else ()
+    scale = torch.empty(weights.outputs, *per_row, device="meta")
+    return Deferred(rounder.kind(codes_NK, scale), read)
 
 
 def _require_fit(sketch: LinearWeights, quant: QuantConfig) -> None:

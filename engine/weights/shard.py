@@ -7,6 +7,7 @@ from enum import Enum
 
 from engine.config import ModelConfig
 from engine.mapping import Mapping, Span
+from engine.weights.deferred import Deferred
 from engine.weights.types import Lazy, LinearWeights
 
 
@@ -56,8 +57,8 @@ _INPUT_SPANS: dict[Shard, Callable[[Mapping, ModelConfig], Span]] = {
 
 
 def shard_linear(
-    weights: LinearWeights, rule: Shard, mapping: Mapping, config: ModelConfig
-) -> LinearWeights:
+    weights: LinearWeights | Deferred, rule: Shard, mapping: Mapping, config: ModelConfig
+) -> LinearWeights | Deferred:
     """The part of a linear layer's weights that `mapping`'s rank holds."""
     if rule in _OUTPUT_SPANS:
         return weights.narrow_outputs(_OUTPUT_SPANS[rule](mapping, config))

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import build
 from engine.backends import BACKENDS
-from engine.quant import SUPPORTED_ALGORITHMS, SUPPORTED_KV, Algorithm, KVStorage
 from tests.cli.build_runner import SMALL_DUMMY, contents, run_alone, run_here
 
 # The flags of TensorRT-LLM's script for Llama and Yi up to 0.7.1, all of which parse here.
@@ -200,26 +199,51 @@ def test_refused_shapes(tmp_path, flags, message):
     refused(run_here("--output_dir", output, *flags.split()), output, message)
 
 
-MODES = {
-    "--use_weight_only": Algorithm.W8A16,
-    "--use_weight_only --weight_only_precision int4": Algorithm.W4A16,
-    "--use_weight_only --weight_only_precision int4_awq --per_group": Algorithm.W4A16_AWQ,
-    "--use_weight_only --weight_only_precision int4_gptq --per_group": Algorithm.W4A16_GPTQ,
-    "--use_smooth_quant --per_token --per_channel": Algorithm.W8A8_SQ,
-    "--enable_fp8": Algorithm.FP8,
-    "--int8_kv_cache": KVStorage.INT8,
-    "--fp8_kv_cache": KVStorage.FP8,
-}
-LACKING = [
-    flags for flags, mode in MODES.items() if mode not in SUPPORTED_ALGORITHMS | SUPPORTED_KV
+QUANT = [
+    (
+        "--use_weight_only --weight_only_precision int4_awq --per_group",
+        "needs weights that AWQ has quantised",
+    ),
+    (
+        "--use_weight_only --weight_only_precision int4_gptq",
+        "needs weights that GPTQ has quantised",
+    ),
+    ("--use_smooth_quant --per_token --per_channel", "hf_yi_convert.py --smoothquant"),
+    ("--use_smooth_quant --use_weight_only", "cannot be combined"),
+    ("--int8_kv_cache --fp8_kv_cache", "cannot be combined: the cache has one storage type"),
+    ("--int8_kv_cache", "--int8_kv_cache needs calibrated scales"),
+    ("--per_token", "--per_token belongs to --use_smooth_quant"),
+    ("--weight_only_precision int4", "--weight_only_precision int4 belongs to --use_weight_only"),
+    ("--use_weight_only --group_size 64", "--group_size 64 belongs to --weight_only_precision"),
+    ("--quant_ckpt_path x.pt", "--quant_ckpt_path x.pt is read with other quantisation flags"),
+    (
+        "--use_weight_only --weight_only_precision int4_awq --quant_ckpt_path gone.pt",
+        "--quant_ckpt_path gone.pt does not exist",
+    ),
+    ("--quantized_fp8_model_path x.npz", "add --enable_fp8"),
+    ("--ft_model_dir x", "--ft_model_dir x beside --model_dir gives the scales of a quantised"),
+    ("--ft_model_dir x --use_smooth_quant", "leave --model_dir out"),
+    ("--ft_model_dir gone --int8_kv_cache", "--ft_model_dir gone does not exist"),
 ]
 
 
-@pytest.mark.parametrize("flags", LACKING)
-def test_modes_that_this_version_lacks(checkpoint, tmp_path, flags):
+@pytest.mark.parametrize("flags, message", QUANT, ids=[flags for flags, _ in QUANT])
+def test_refused_quantisation(checkpoint, tmp_path, flags, message):
     output = tmp_path / "engine"
     result = run_here("--model_dir", checkpoint, "--output_dir", output, *flags.split())
-    refused(result, output, "is not available in this version")
+    refused(result, output, message)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--enable_fp8 --quantized_fp8_model_path x.npz",
+        "--use_weight_only --weight_only_precision int4_awq --quant_ckpt_path x.pt",
+    ],
+)
+def test_scales_need_a_checkpoint(tmp_path, flags):
+    result = run_here("--output_dir", tmp_path / "engine", *flags.split())
+    refused(result, tmp_path / "engine", "needs the full-precision checkpoint it was made from")
 
 
 @pytest.mark.skipif("tensorrt_llm" in BACKENDS, reason="this version has the backend")

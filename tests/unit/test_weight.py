@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from engine.checkpoint.open import Paths
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.mapping import Mapping
@@ -21,7 +22,7 @@ def plan_for(config: ModelConfig) -> StorePlan:
 
 def test_rank_is_streamed_in_file_order(tmp_path, write_hf):
     tensors = write_hf(tmp_path)
-    with WeightSource(model_dir=str(tmp_path)).open() as checkpoint:
+    with WeightSource(Paths(model_dir=str(tmp_path))).open() as checkpoint:
         stream = load_rank(checkpoint, plan_for(checkpoint.config), Mapping(2, 1, 2, 1))
         loaded = {name: torch.cat(list(blocks)) for name, blocks in stream}
     names = list(loaded)
@@ -34,7 +35,7 @@ def test_rank_is_streamed_in_file_order(tmp_path, write_hf):
 
 def test_stage_holds_its_layers_only(tmp_path, write_hf):
     tensors = write_hf(tmp_path)
-    with WeightSource(model_dir=str(tmp_path)).open() as checkpoint:
+    with WeightSource(Paths(model_dir=str(tmp_path))).open() as checkpoint:
         stream = load_rank(checkpoint, plan_for(checkpoint.config), Mapping(3, 1, 1, 3))
         loaded = {name: torch.cat(list(blocks)) for name, blocks in stream}
     assert len(loaded) == 6
@@ -44,7 +45,7 @@ def test_stage_holds_its_layers_only(tmp_path, write_hf):
 
 def test_sources_travel_to_other_processes(tmp_path, write_hf):
     write_hf(tmp_path)
-    for source in (WeightSource(model_dir=str(tmp_path)), WeightSource(dummy=ModelConfig())):
+    for source in (WeightSource(Paths(model_dir=str(tmp_path))), WeightSource(dummy=ModelConfig())):
         open_again = pickle.loads(pickle.dumps(source.open))
         with open_again() as checkpoint, source.open() as original:
             assert checkpoint.config == original.config
@@ -53,8 +54,9 @@ def test_sources_travel_to_other_processes(tmp_path, write_hf):
 @pytest.mark.parametrize(
     "source, text",
     [
-        (WeightSource(model_dir="a/b"), "a/b"),
-        (WeightSource(meta_ckpt_dir="c"), "c"),
+        (WeightSource(Paths(model_dir="a/b")), "a/b"),
+        (WeightSource(Paths(meta_ckpt_dir="c")), "c"),
+        (WeightSource(Paths(model_dir="a", quant_ckpt_path="q.pt")), "a with q.pt"),
         (WeightSource(dummy=ModelConfig()), "dummy weights"),
     ],
 )
@@ -64,4 +66,4 @@ def test_text(source, text):
 
 def test_missing_directory_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="^--model_dir .*gone does not exist"):
-        WeightSource(model_dir=str(tmp_path / "gone")).open()
+        WeightSource(Paths(model_dir=str(tmp_path / "gone"))).open()

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
-from engine import quant
 from engine.errors import UserError
 from engine.quant import Algorithm, KVStorage, QuantConfig
-
-
-@pytest.fixture
-def everything_supported(monkeypatch):
-    """Modes are parsed before the check whether this version has them."""
-    monkeypatch.setattr(quant, "SUPPORTED_ALGORITHMS", frozenset(Algorithm))
-    monkeypatch.setattr(quant, "SUPPORTED_KV", frozenset(KVStorage))
-
 
 # Mode integers as TensorRT-LLM's QuantMode gives them for the same flags.
 MODES = [
@@ -30,7 +22,6 @@ MODES = [
         64,
         33,
     ),
-    ({"weight_only_precision": "int4"}, Algorithm.NONE, 0, 0),
     ({"use_smooth_quant": True}, Algorithm.W8A8_SQ, 0, 6),
     ({"use_smooth_quant": True, "per_channel": True}, Algorithm.W8A8_SQ, 0, 14),
     ({"use_smooth_quant": True, "per_token": True}, Algorithm.W8A8_SQ, 0, 22),
@@ -48,7 +39,7 @@ MODES = [
 
 
 @pytest.mark.parametrize("flags, algorithm, group_size, mode", MODES)
-def test_flags_become_a_mode(everything_supported, flags, algorithm, group_size, mode):
+def test_flags_become_a_mode(flags, algorithm, group_size, mode):
     config = QuantConfig.from_flags(**flags)
     assert (config.algorithm, config.group_size, config.quant_mode) == (algorithm, group_size, mode)
 
@@ -60,7 +51,7 @@ def test_flags_become_a_mode(everything_supported, flags, algorithm, group_size,
         ("int8_kv_cache", "fp8_kv_cache"),
     ],
 )
-def test_contradictions_are_refused(everything_supported, first, second):
+def test_contradictions_are_refused(first, second):
     with pytest.raises(UserError, match="^--.* and --.* cannot be combined") as refusal:
         QuantConfig.from_flags(**{first: True, second: True})
     assert f"--{first}" in str(refusal.value)
@@ -74,19 +65,45 @@ def test_smooth_quant_options_need_smooth_quant(flag, other):
         QuantConfig.from_flags(**{flag: True}, **other)
 
 
-@pytest.mark.parametrize("flags, algorithm", [(flags, algorithm) for flags, algorithm, *_ in MODES])
-def test_modes_this_version_lacks_are_refused(flags, algorithm):
-    kv = {"int8_kv_cache": KVStorage.INT8, "fp8_kv_cache": KVStorage.FP8}
-    storage = next((kv[flag] for flag in flags if flag in kv), KVStorage.NONE)
-    if algorithm in quant.SUPPORTED_ALGORITHMS and storage in quant.SUPPORTED_KV:
-        assert QuantConfig.from_flags(**flags).algorithm is algorithm
-    else:
-        with pytest.raises(UserError, match="^quantisation '.*' is not available in this version"):
-            QuantConfig.from_flags(**flags)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"weight_only_precision": "int4"}, "--weight_only_precision int4 belongs to --use_weight"),
+        ({"group_size": 64}, "--group_size 64 belongs to --weight_only_precision int4_awq"),
+        ({"use_weight_only": True, "group_size": 64}, "--group_size 64 belongs to"),
+    ],
+)
+def test_options_without_their_mode_are_refused(flags, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        QuantConfig.from_flags(**flags)
+
+
+AWQ_64 = QuantConfig(Algorithm.W4A16_AWQ, 64)
+AWQ = QuantConfig(Algorithm.W4A16_AWQ, 128)
+DYNAMIC_FP8 = QuantConfig(Algorithm.FP8, per_token=True, per_channel=True)
+INT8_KV = QuantConfig(kv=KVStorage.INT8)
+
+
+@pytest.mark.parametrize(
+    "asked, found, is_group_given, joined",
+    [
+        (AWQ, None, False, AWQ),
+        (QuantConfig(), AWQ_64, False, AWQ_64),
+        (AWQ, AWQ_64, False, AWQ_64),
+        (AWQ, AWQ_64, True, AWQ),
+        (QuantConfig(Algorithm.FP8), DYNAMIC_FP8, False, DYNAMIC_FP8),
+        (INT8_KV, AWQ_64, False, replace(AWQ_64, kv=KVStorage.INT8)),
+        (QuantConfig(Algorithm.W8A16), INT8_KV, False, replace(INT8_KV, algorithm=Algorithm.W8A16)),
+        (QuantConfig(kv=KVStorage.FP8), INT8_KV, False, QuantConfig(kv=KVStorage.FP8)),
+        (QuantConfig(Algorithm.W8A8_SQ), DYNAMIC_FP8, False, QuantConfig(Algorithm.W8A8_SQ)),
+    ],
+)
+def test_flags_join_what_the_checkpoint_is(asked, found, is_group_given, joined):
+    assert asked.joined(found, is_group_given=is_group_given) == joined
 
 
 @pytest.mark.parametrize("flags", [flags for flags, *_ in MODES])
-def test_dict_round_trip(everything_supported, flags):
+def test_dict_round_trip(flags):
     config = QuantConfig.from_flags(**flags)
     assert QuantConfig.from_dict(config.to_dict()) == config
 

@@ -21,10 +21,11 @@ def test_an_incomplete_checkpoint_does_not_open(tmp_path, state):
         open_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("flags, given", [({}, "neither is"), (("a", "b"), "both are")])
-def test_exactly_one_flag(flags, given):
-    with pytest.raises(UserError, match=f"--model_dir and --meta_ckpt_dir must .* but {given}"):
-        open_checkpoint(*flags)
+def test_one_directory_has_the_weights():
+    with pytest.raises(UserError, match="^no checkpoint is given; name one as --model_dir$"):
+        open_checkpoint()
+    with pytest.raises(UserError, match="^--model_dir a and --meta_ckpt_dir b are both given"):
+        open_checkpoint("a", "b")
 
 
 @pytest.mark.parametrize("flag", ["model_dir", "meta_ckpt_dir"])

@@ -208,7 +208,7 @@ def test_calibrated_fp8(weight_scale: float | None, monkeypatch: pytest.MonkeyPa
     w = matrix(21, 64)
     source = Memory(w)
     monkeypatch.setattr(Lazy.blocks, "__defaults__", (4 * w[0].nbytes,))
-    deferred = quantize_fp8(Dense(Lazy.whole(source)), input_scale=0.25, weight_scale=weight_scale)
+    deferred = quantize_fp8(Dense(Lazy.whole(source), 0.25, weight_scale))
     assert source.read_bytes == []
     found = join(deferred.narrow_outputs(Span(3, 20)))
     scale = w.abs().max() / 448 if weight_scale is None else torch.tensor(weight_scale)
