@@ -10,7 +10,8 @@ from engine.cache import LayerCache
 from engine.comm import Group
 from engine.kernels import api as ops
 from engine.kernels.api import Attending
-from engine.layers.linear import Arrays
+from engine.layers.linear import Arrays, Norm
+from engine.layers.parallel import RowParallel
 from engine.mapping import LocalShape
 
 
@@ -21,22 +22,22 @@ class QKV(NamedTuple):
 
 
 class Attention:
-    """x [T, E] → [T, E]; writes the new keys and values before it reads the cache."""
+    """h [T, E] → h + attention(norm(h)); new keys and values are cached before they are read."""
 
-    def __init__(self, arrays: Arrays, shape: LocalShape, tp: Group):
+    def __init__(self, arrays: Arrays, norm: Norm, shape: LocalShape, tp: Group):
+        self._norm = norm
         self._qkv = arrays.linear("qkv")
-        self._out = arrays.linear("out")
+        self._out = RowParallel(arrays.linear("out"), tp)
         self._shape = shape
-        self._tp = tp
 
     def __call__(
-        self, x_TE: Tensor, angles: tuple[Tensor, Tensor], layer: LayerCache, batch: Attending
+        self, h_TE: Tensor, angles: tuple[Tensor, Tensor], layer: LayerCache, batch: Attending
     ) -> Tensor:
-        qkv = split_heads(self._qkv(x_TE), self._shape)
+        qkv = split_heads(self._qkv(h_TE, norm=self._norm), self._shape)
         q_THD, k_TGD = ops.rope(qkv.q_THD, qkv.k_TGD, *angles)
         ops.write_kv(k_TGD, qkv.v_TGD, layer, batch.slots_T)
         o_THD = ops.attention(q_THD, layer, batch)
-        return self._tp.all_reduce(self._out(o_THD.flatten(1)))
+        return self._out(o_THD.flatten(1), h_TE)
 
 
 def split_heads(qkv_TN: Tensor, shape: LocalShape) -> QKV:

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from engine.kernels import api as ops
+from engine.kernels.registry import bind
+from engine.layers.bound import BoundLinear
 
 
-class Dense:
+class Dense(BoundLinear):
     """y [T, N] = x [T, K] @ weightᵀ."""
 
     def __init__(self, arrays: Mapping[str, Tensor]):
-        self.weight_NK = arrays["weight"]
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        return ops.linear(x_TK, self.weight_NK)
+        super().__init__(bind("linear", arrays["weight"]))

@@ -1,12 +1,13 @@
-"""Which class runs a linear layer of each quantisation mode."""
+"""Which class runs a linear layer of each quantisation mode, and how a block calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from engine.kernels import api as ops
 from engine.layers.dense import Dense
 from engine.layers.fp8 import Fp8
 from engine.layers.groupwise import GroupwiseInt4
@@ -32,6 +33,45 @@ LINEARS: dict[Algorithm, Callable[[Mapping[str, Tensor]], Linear]] = {
 }
 
 
+class Norm(NamedTuple):
+    """RMSNorm: weight [E] and epsilon."""
+
+    weight_E: Tensor
+    eps: float
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        return ops.rms_norm(x_TE, self.weight_E, self.eps)
+
+
+class Projection:
+    """A linear layer with what a block does around it.
+
+    y = linear(norm(x)), halved by SwiGLU where `is_gated`, added to the residual where one is
+    given. A layer that does it all in one pass is asked first and may decline; its result differs
+    from the steps' by roundings of the engine's dtype.
+    """
+
+    def __init__(self, linear: Linear):
+        self._linear = linear
+        self._fused = getattr(linear, "fused", None)
+
+    def __call__(
+        self,
+        x_TK: Tensor,
+        *,
+        norm: Norm | None = None,
+        is_gated: bool = False,
+        residual_TN: Tensor | None = None,
+    ) -> Tensor:
+        if self._fused is not None:
+            y = self._fused(x_TK, norm=norm, is_gated=is_gated, residual_TN=residual_TN)
+            if y is not None:
+                return y
+        y = self._linear(x_TK if norm is None else norm(x_TK))
+        y = ops.silu_mul(y) if is_gated else y
+        return y if residual_TN is None else residual_TN + y
+
+
 class Arrays:
     """The tensors of an engine file below one name prefix."""
 
@@ -44,15 +84,15 @@ class Arrays:
     def tensor(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
 
-    def linear(self, name: str) -> Linear:
-        """The linear layer stored under `name` in the engine's quantisation mode."""
+    def linear(self, name: str, *, is_quantised: bool = True) -> Projection:
+        """The linear layer stored under `name`, in the engine's quantisation mode if at all."""
         prefix = f"{self._prefix}{name}."
         arrays = {
             key.removeprefix(prefix): tensor
             for key, tensor in self._tensors.items()
             if key.startswith(prefix)
         }
-        return LINEARS[self._algorithm](arrays)
+        return Projection(LINEARS[self._algorithm if is_quantised else Algorithm.NONE](arrays))
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors

@@ -5,17 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.comm import Group
-from engine.kernels import api as ops
-from engine.layers.linear import Arrays
+from engine.layers.linear import Arrays, Norm
+from engine.layers.parallel import RowParallel
 
 
 class MLP:
-    """x [T, E] → [T, E]; gate and up are one matrix, gate's rows first."""
+    """h [T, E] → h + MLP(norm(h)); gate and up are one matrix, gate's rows first."""
 
-    def __init__(self, arrays: Arrays, tp: Group):
+    def __init__(self, arrays: Arrays, norm: Norm, tp: Group):
+        self._norm = norm
         self._gate_up = arrays.linear("gate_up")
-        self._down = arrays.linear("down")
-        self._tp = tp
+        self._down = RowParallel(arrays.linear("down"), tp)
 
-    def __call__(self, x_TE: Tensor) -> Tensor:
-        return self._tp.all_reduce(self._down(ops.silu_mul(self._gate_up(x_TE))))
+    def __call__(self, h_TE: Tensor) -> Tensor:
+        a_TF = self._gate_up(h_TE, norm=self._norm, is_gated=True)
+        return self._down(a_TF, h_TE)

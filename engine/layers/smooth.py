@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from engine.kernels.registry import bind
+from engine.layers.bound import BoundLinear
 
 
-class SmoothInt8:
+class SmoothInt8(BoundLinear):
     """y [T, N] = (x_codes @ codesᵀ) · x_scale · scale; x_codes are x / smoother rounded to int8.
 
     codes int8 [N, K], scale fp32 [N]; optional are input_scale fp32 [1] (else one per token) and
@@ -18,8 +19,8 @@ class SmoothInt8:
     """
 
     def __init__(self, arrays: Mapping[str, Tensor]):
-        self._product = bind(
-            "linear_w8a8", arrays["codes"], arrays["scale"], arrays.get("input_scale")
+        super().__init__(
+            bind("linear_w8a8", arrays["codes"], arrays["scale"], arrays.get("input_scale"))
         )
         self._smoother_K = arrays.get("smoother")
 
@@ -28,3 +29,7 @@ class SmoothInt8:
             return self._product(x_TK)
         # Stays in fp32, so that the input is rounded once, to its codes.
         return self._product(x_TK.float() / self._smoother_K).to(x_TK.dtype)
+
+    @property
+    def fused(self) -> Callable[..., Tensor | None] | None:
+        return super().fused if self._smoother_K is None else None

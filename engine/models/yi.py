@@ -16,11 +16,11 @@ from torch import Tensor
 from engine.cache import KVCache, LayerCache
 from engine.comm import Parallel
 from engine.config import ModelConfig
-from engine.kernels import api as ops
 from engine.kernels.api import Attending
 from engine.layers.attention import Attention
+from engine.layers.dense import Dense
 from engine.layers.embedding import Embedding
-from engine.layers.linear import Arrays
+from engine.layers.linear import Arrays, Norm, Projection
 from engine.layers.mlp import MLP
 from engine.layers.rope import RotaryEmbedding
 from engine.mapping import LocalShape, Mapping
@@ -31,58 +31,50 @@ class Step(NamedTuple):
     """One pass through the network: T tokens of several sequences, packed.
 
     `lengths_T` is the length of each token's sequence (dynamic RoPE scaling needs it);
-    `output_rows` selects the rows whose logits are wanted.
+    `output_rows` selects the rows whose logits are wanted (None: all).
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     lengths_T: Tensor
     attending: Attending
-    output_rows: Tensor
+    output_rows: Tensor | None
 
 
 class Block:
-    """One decoder layer. Takes and returns (x, residual) whose sum is the hidden state."""
+    """One decoder layer: h [T, E] → h, the stream that both halves add to."""
 
     def __init__(self, arrays: Arrays, config: ModelConfig, shape: LocalShape, parallel: Parallel):
-        self._attn_norm = arrays.tensor("attn_norm.weight")
-        self._mlp_norm = arrays.tensor("mlp_norm.weight")
-        self._attn = Attention(arrays.at("attn"), shape, parallel.tp)
-        self._mlp = MLP(arrays.at("mlp"), parallel.tp)
-        self._eps = config.rms_norm_eps
+        eps = config.rms_norm_eps
+        attn_norm = Norm(arrays.tensor("attn_norm.weight"), eps)
+        mlp_norm = Norm(arrays.tensor("mlp_norm.weight"), eps)
+        self._attn = Attention(arrays.at("attn"), attn_norm, shape, parallel.tp)
+        self._mlp = MLP(arrays.at("mlp"), mlp_norm, parallel.tp)
 
     def __call__(
         self,
-        x_TE: Tensor,
-        residual_TE: Tensor | None,
+        h_TE: Tensor,
         angles: tuple[Tensor, Tensor],
         layer: LayerCache,
         batch: Attending,
-    ) -> tuple[Tensor, Tensor]:
-        if residual_TE is None:
-            residual_TE = x_TE
-            y_TE = ops.rms_norm(x_TE, self._attn_norm, self._eps)
-        else:
-            y_TE, residual_TE = ops.add_rms_norm(x_TE, residual_TE, self._attn_norm, self._eps)
-        x_TE = self._attn(y_TE, angles, layer, batch)
-        y_TE, residual_TE = ops.add_rms_norm(x_TE, residual_TE, self._mlp_norm, self._eps)
-        return self._mlp(y_TE), residual_TE
+    ) -> Tensor:
+        return self._mlp(self._attn(h_TE, angles, layer, batch))
 
 
 class Head:
     """Final norm and output projection; every rank of the stage gets all logits in fp32."""
 
     def __init__(self, arrays: Arrays, config: ModelConfig, parallel: Parallel):
-        self._norm = arrays.tensor("norm.weight")
+        self._norm = Norm(arrays.tensor("norm.weight"), config.rms_norm_eps)
         if "head.weight" in arrays:
-            self._weight_VE = arrays.tensor("head.weight")
+            self._head = arrays.linear("head", is_quantised=False)
         else:
-            self._weight_VE = _tied_head(arrays.tensor("embed.weight"), config, parallel)
-        self._eps, self._vocab, self._tp = config.rms_norm_eps, config.vocab_size, parallel.tp
+            table_VE = _tied_head(arrays.tensor("embed.weight"), config, parallel)
+            self._head = Projection(Dense({"weight": table_VE}))
+        self._vocab, self._tp = config.vocab_size, parallel.tp
 
-    def __call__(self, x_RE: Tensor, residual_RE: Tensor) -> Tensor:
-        y_RE, _ = ops.add_rms_norm(x_RE, residual_RE, self._norm, self._eps)
-        logits_RV = self._tp.all_gather(ops.linear(y_RE, self._weight_VE))
+    def __call__(self, h_RE: Tensor) -> Tensor:
+        logits_RV = self._tp.all_gather(self._head(h_RE, norm=self._norm))
         return logits_RV[:, : self._vocab].float()
 
 
@@ -120,17 +112,16 @@ class Yi:
     @torch.inference_mode()
     def __call__(self, step: Step, cache: KVCache) -> Tensor | None:
         if self._mapping.is_first_stage:
-            x_TE = self._embed(step.tokens_T)
+            h_TE = self._embed(step.tokens_T)
         else:
-            x_TE = self._parallel.recv_prev((len(step.tokens_T), self._width), self.dtype)
+            h_TE = self._parallel.recv_prev((len(step.tokens_T), self._width), self.dtype)
         angles = self._rotary(step.positions_T, step.lengths_T)
-        residual_TE = None
         for slot, block in enumerate(self._blocks):
-            x_TE, residual_TE = block(x_TE, residual_TE, angles, cache.layer(slot), step.attending)
+            h_TE = block(h_TE, angles, cache.layer(slot), step.attending)
         if not self._mapping.is_last_stage:
-            self._parallel.send_next(x_TE + residual_TE)
+            self._parallel.send_next(h_TE)
             return None
-        return self._head(x_TE[step.output_rows], residual_TE[step.output_rows])
+        return self._head(h_TE if step.output_rows is None else h_TE[step.output_rows])
 
 
 def _tied_head(table_VE: Tensor, config: ModelConfig, parallel: Parallel) -> Tensor:
