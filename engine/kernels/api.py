@@ -28,6 +28,10 @@ class Attending:
     Sequence b owns the next query_lens[b] tokens of the packed batch, its last ones, and its
     cached positions are 0 … kv_lens[b] - 1, this step's included. A token sees itself and what
     lies before it in its sequence, at most `window` positions in all.
+
+    With `is_bound` the host's `kv_lens` are upper bounds, which a captured graph keeps, and only
+    the device knows the lengths; every query_len is then 1, and a length of 0 is a row of padding
+    whose output is finite and means nothing.
     """
 
     query_lens: tuple[int, ...]
@@ -38,10 +42,16 @@ class Attending:
     slots_T: Tensor  # int64, block * block_tokens + offset of each new token; negative: padding
     window: int | None
     scale: float
+    is_bound: bool = False
 
     def __post_init__(self) -> None:
         sequences = len(self.query_lens)
         assert len(self.kv_lens) == sequences == len(self.block_table_BM)
+
+    @cached_property
+    def true_kv_lens(self) -> list[int]:
+        """The lengths on the host, fetched from the device if it has to be."""
+        return self.kv_lens_B.tolist() if self.is_bound else list(self.kv_lens)
 
     @cached_property
     def block_lists(self) -> list[list[int]]:

@@ -55,7 +55,7 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     """Sequence by sequence, so that a result does not depend on what else is in the batch."""
     o_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     queries, outputs = q_THD.split(batch.query_lens), o_THD.split(batch.query_lens)
-    sequences = zip(queries, outputs, batch.kv_lens, batch.block_lists, strict=True)
+    sequences = zip(queries, outputs, batch.true_kv_lens, batch.block_lists, strict=True)
     for q, o, kv_len, blocks in sequences:
         if not len(q):
             continue

@@ -71,7 +71,7 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -
 def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     parts = []
     queries = q_THD.split(batch.query_lens)
-    for q, kv_len, blocks in zip(queries, batch.kv_lens, batch.block_lists, strict=True):
+    for q, kv_len, blocks in zip(queries, batch.true_kv_lens, batch.block_lists, strict=True):
         first = kv_len - len(q)
         for part in q.split(MAX_QUERIES):
             parts.append(_attend(part, first, layer, blocks, batch))
