@@ -57,7 +57,8 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     queries, outputs = q_THD.split(batch.query_lens), o_THD.split(batch.query_lens)
     sequences = zip(queries, outputs, batch.true_kv_lens, batch.block_lists, strict=True)
     for q, o, kv_len, blocks in sequences:
-        if not len(q):
+        if not len(q) or not kv_len:
+            o.zero_()
             continue
         oldest = _oldest_seen(kv_len - len(q), batch.window)
         k_GSD = _read(layer.k, blocks, oldest, kv_len)

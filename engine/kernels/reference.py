@@ -72,6 +72,9 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     parts = []
     queries = q_THD.split(batch.query_lens)
     for q, kv_len, blocks in zip(queries, batch.true_kv_lens, batch.block_lists, strict=True):
+        if not kv_len:
+            parts.append(torch.zeros_like(q))
+            continue
         first = kv_len - len(q)
         for part in q.split(MAX_QUERIES):
             parts.append(_attend(part, first, layer, blocks, batch))
