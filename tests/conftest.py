@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import tests.kernels.triton_mode  # noqa: F401  before anything imports Triton
+
 # A test that reached for the hub would wait for a network that need not be there.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,0 +1,40 @@
+"""How all kernels are launched: programmatic dependent launch, and what the device offers.
+
+With PDL a kernel starts while the one before it on the stream still runs. Every kernel therefore
+calls `gdc_wait` before it touches memory that another kernel writes (weights and scales may be
+read before), and `gdc_launch_dependents` after its last store, both under its constexpr `PDL`.
+One kernel that did not wait would free its successor too early, so the switch is for all of them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+PDL = False
+
+# Multiprocessors that a launch is planned for where there is no GPU (Triton's interpreter).
+INTERPRETED_PROCESSORS = 4
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keywords of every launch: the kernel's constexpr `PDL` and the attribute it needs."""
+    if PDL and has_pdl(device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@cache
+def has_pdl(device: torch.device) -> bool:
+    """Programmatic dependent launch came with Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
