@@ -33,7 +33,7 @@ class Packer:
         device: torch.device,
     ):
         self.tables = tables
-        self._scale, self._window, self._device = scale, window, device
+        self.scale, self.window, self.device = scale, window, device
 
     def pack(self, segments: Sequence[Segment], outputs: Sequence[int]) -> Step:
         """One step; `outputs` are the positions in the packed batch whose logits are wanted."""
@@ -47,8 +47,8 @@ class Packer:
             tokens += segment.tokens
             positions += range(start, start + len(segment.tokens))
             lengths += [segment.length] * len(segment.tokens)
-            if self._window is not None:
-                self.tables.trim(segment.row, start - self._window + 1)
+            if self.window is not None:
+                self.tables.trim(segment.row, start - self.window + 1)
         rows = [segment.row for segment in segments]
         query_lens = tuple(len(segment.tokens) for segment in segments)
         kv_lens = tuple(self.tables.length(row) for row in rows)
@@ -56,12 +56,12 @@ class Packer:
         attending = Attending(
             query_lens=query_lens,
             kv_lens=kv_lens,
-            kv_lens_B=torch.tensor(kv_lens, dtype=torch.int32).to(self._device),
-            query_starts_B1=starts.to(self._device),
-            block_table_BM=self.tables.table(rows).to(self._device),
+            kv_lens_B=torch.tensor(kv_lens, dtype=torch.int32).to(self.device),
+            query_starts_B1=starts.to(self.device),
+            block_table_BM=self.tables.table(rows).to(self.device),
             slots_T=self._long(slots),
-            window=self._window,
-            scale=self._scale,
+            window=self.window,
+            scale=self.scale,
         )
         return Step(
             self._long(tokens),
@@ -72,7 +72,7 @@ class Packer:
         )
 
     def _long(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device)
+        return torch.tensor(values, dtype=torch.int64).to(self.device)
 
 
 class Chunk(NamedTuple):

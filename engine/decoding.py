@@ -70,16 +70,23 @@ class SamplingDecoder:
         return Choice(sampled.tokens_B.tolist(), sampled.finished_B.tolist(), None)
 
     def results(self) -> list[tuple[Beam, ...]]:
-        rows = self._sampler.results()
-        reasons = [FinishReason(reason) for reason in self._sampler.reasons_B.tolist()]
         log_probs = torch.stack(self._log_probs, 1).tolist() if self._log_probs else None
-        beams = []
-        for row, (tokens, reason) in enumerate(zip(rows, reasons, strict=True)):
-            scores = None
-            if log_probs is not None and self._params[row].log_probs:
-                scores = log_probs[row][: len(tokens)]
-            beams.append(_beam(tokens, reason, scores))
-        return [(beam,) for beam in beams]
+        return read_beams(self._sampler, self._params, log_probs)
+
+
+def read_beams(
+    sampler: Sampler, params: Sequence[SamplingParams], log_probs: Sequence[list[float]] | None
+) -> list[tuple[Beam, ...]]:
+    """What a sampler has chosen for the requests `params`, its first rows; `log_probs` has a list
+    of steps per row. Waits for the device."""
+    reasons = sampler.reasons_B.tolist()
+    beams = []
+    for row, (one, tokens) in enumerate(zip(params, sampler.results(), strict=False)):
+        scores = None
+        if log_probs is not None and one.log_probs:
+            scores = log_probs[row][: len(tokens)]
+        beams.append((_beam(tokens, FinishReason(reasons[row]), scores),))
+    return beams
 
 
 class BeamDecoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from engine.cache import BlockTables, KVCache
 from engine.comm import Parallel, World
 from engine.decoding import Beam, make_decoder
 from engine.errors import RequestError
+from engine.graph import GraphPool
+from engine.graphed_batch import GraphedBatch
+from engine.kernels.registry import runs_by
 from engine.models.yi import Yi
 from engine.penalties import check_tokens
 from engine.record import EngineRecord
@@ -55,6 +59,7 @@ class Session:
         self._cache: KVCache | None = None
         self._cache_shape = (0, 0)
         self._decides_on = (record.mapping.pp - 1) * record.mapping.tp
+        self._graphs = GraphPool(network) if self._can_capture() else None
 
     def generate(
         self,
@@ -185,28 +190,46 @@ class Session:
     ) -> StaticBatch:
         needed = [len(prompt) + p.max_new_tokens for prompt, p in zip(prompts, params, strict=True)]
         cache, tables = self._cache_for(len(prompts) * params[0].num_beams, max(needed))
-        decoder = None
-        if self.info.mapping.rank == self._decides_on:
-            vocab_size = self.info.config.vocab_size
-            decoder = make_decoder(params, prompts, vocab_size, self._network.device)
+        vocab_size = self.info.config.vocab_size
         packer = Packer(
             tables,
             scale=self.info.config.head_dim**-0.5,
             window=self._window,
             device=self._network.device,
         )
+        options = {
+            "network": self._network,
+            "cache": cache,
+            "packer": packer,
+            "group": self._parallel.world,
+            "decides_on": self._decides_on,
+            "max_tokens": self.info.limits.max_num_tokens,
+            "context_logits": context_logits,
+        }
+        if self._graphs is not None and params[0].num_beams == 1 and not generation_logits:
+            prepare = partial(self._graphs.prepare, cache=cache)
+            return GraphedBatch(prompts, params, vocab_size=vocab_size, prepare=prepare, **options)
+        decoder = None
+        if self.info.mapping.rank == self._decides_on:
+            decoder = make_decoder(params, prompts, vocab_size, self._network.device)
         return StaticBatch(
             prompts,
             params[0].num_beams,
             decoder=decoder,
-            network=self._network,
-            cache=cache,
-            packer=packer,
-            group=self._parallel.world,
-            decides_on=self._decides_on,
-            max_tokens=self.info.limits.max_num_tokens,
-            context_logits=context_logits,
             generation_logits=generation_logits,
+            **options,
+        )
+
+    def _can_capture(self) -> bool:
+        """Whether decode steps can be CUDA graphs: kernels and collectives that wait for nothing,
+        and the logits on every rank."""
+        device = self._network.device
+        return (
+            device.type == "cuda"
+            and self.info.mapping.pp == 1
+            and self._parallel.tp.is_capturable
+            and runs_by("triton", "attention", device)
+            and runs_by("triton", "write_kv", device)
         )
 
     def _cache_for(self, rows: int, length: int) -> tuple[KVCache, BlockTables]:

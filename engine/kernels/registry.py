@@ -125,6 +125,11 @@ def select(op: str, device: torch.device) -> Callable[..., Any]:
     return _selected[key]
 
 
+def runs_by(name: str, op: str, device: torch.device) -> bool:
+    """Whether `device` gets the implementation called `name` of `op`."""
+    return _choose(op, device).name == name
+
+
 def bind(op: str, *weights: Any) -> Callable[[Tensor], Tensor]:
     """The quantised operation `op` with its weights fixed: x [T, K] → y [T, N].
 
