@@ -14,6 +14,7 @@ import atexit
 import gc
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("yi.comm")
 
 Ranks = Sequence[int]
+
+# Between two looks of a rank that rests.
+REST_SECONDS = 0.02
 
 
 class Group(Protocol):
@@ -238,6 +242,9 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
 
+    def rest(self) -> None:
+        """As `barrier`, for a long wait: leaves the processor to the rank that works."""
+
     def abort(self, code: int) -> NoReturn:
         """End the whole job with exit status `code`, whatever the other ranks are doing."""
         raise SystemExit(code)
@@ -283,6 +290,11 @@ class MpiWorld(World):
 
     def barrier(self) -> None:
         self._comm.Barrier()
+
+    def rest(self) -> None:
+        request = self._comm.Ibarrier()
+        while not request.Test():
+            time.sleep(REST_SECONDS)
 
     def abort(self, code: int) -> NoReturn:
         self._comm.Abort(code)

@@ -87,6 +87,10 @@ class ProgressBar:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
+    def note(self, text: str) -> None:
+        """Show `text` beside the bar."""
+        self._bar.set_postfix_str(text, refresh=False)
+
     def __enter__(self) -> ProgressBar:
         return self
 
@@ -94,8 +98,12 @@ class ProgressBar:
         self._bar.close()
 
 
+def is_watched() -> bool:
+    """Whether someone at a terminal sees this process's progress."""
+    return sys.stderr.isatty() and _lines.rank == 0
+
+
 def _bar(**settings: Any) -> Any:
     from tqdm import tqdm
 
-    is_watched = sys.stderr.isatty() and _lines.rank == 0
-    return tqdm(file=sys.stderr, disable=not is_watched, **settings)
+    return tqdm(file=sys.stderr, disable=not is_watched(), **settings)
