@@ -258,6 +258,18 @@ def read_config(engine_dir: Path) -> dict[str, Any]:
 
 def verify_file(path: Path, record: FileRecord, threads: int) -> None:
     """Raise EngineError unless the file has the recorded size and checksum."""
+    check_size(path, record)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            offsets = range(0, record.bytes, CHUNK)
+            digests = list(pool.map(lambda offset: _chunk_digest(descriptor, offset), offsets))
+    finally:
+        os.close(descriptor)
+    check_digests(path, record, digests)
+
+
+def check_size(path: Path, record: FileRecord) -> None:
     try:
         size = path.stat().st_size
     except OSError:
@@ -267,13 +279,10 @@ def verify_file(path: Path, record: FileRecord, threads: int) -> None:
             f"{path} has {size} bytes but config.json records {record.bytes}: the file is "
             "truncated or from another build; build the engine again"
         )
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            offsets = range(0, size, CHUNK)
-            digests = list(pool.map(lambda offset: _chunk_digest(descriptor, offset), offsets))
-    finally:
-        os.close(descriptor)
+
+
+def check_digests(path: Path, record: FileRecord, digests: Iterable[bytes]) -> None:
+    """`digests` are those of the file's chunks, in order."""
     if combine_digests(digests) != record.sha256:
         raise EngineError(
             f"{path} does not match the checksum in config.json: the file is damaged or from "
@@ -283,17 +292,22 @@ def verify_file(path: Path, record: FileRecord, threads: int) -> None:
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """Name → tensor over a private mapping of the file (CPU); pages are read when touched."""
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    return view_tensors(path, storage)
+
+
+def view_tensors(path: Path, storage: torch.UntypedStorage) -> dict[str, Tensor]:
+    """Name → tensor over `storage`, which holds the bytes of the whole file, on any device."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__" or name.startswith("_pad."):
             continue
         dtype = _DTYPES_BY_NAME[entry["dtype"]]
         offset = (8 + length + entry["data_offsets"][0]) // dtype.itemsize
-        tensors[name] = torch.empty(0, dtype=dtype).set_(
+        tensors[name] = torch.empty(0, dtype=dtype, device=storage.device).set_(
             storage, offset, entry["shape"], _strides(entry["shape"])
         )
     return tensors

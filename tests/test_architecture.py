@@ -39,7 +39,7 @@ OWNERS = {
 STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("plugins",)),
     (("env",), ("config",), ("quant",), ("limits",), ("engine_file",)),
-    (("mapping",), ("comm",), ("threads",), ("cache",)),
+    (("mapping",), ("comm",), ("threads",), ("cache",), ("loading",)),
     (("record",), ("weights.types", "weights.deferred"), ("kernels",)),
     (("checkpoint",), ("layers",), ("sampling", "penalties", "beam", "decoding")),
     (("weights",), ("models",)),

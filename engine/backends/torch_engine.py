@@ -16,6 +16,7 @@ from engine.backends.base import BuildPlan, BuildReport
 from engine.backends.rank_build import build_in_processes, store_plan, write_ranks
 from engine.engine_file import EngineWriter, map_tensors, verify_file
 from engine.errors import EngineError, UserError
+from engine.loading import load_tensors
 from engine.models.yi import Yi
 from engine.plugins import builder_switches, plugin_config
 from engine.record import EngineRecord
@@ -75,10 +76,11 @@ class TorchBackend:
         threads = share_threads(world)
         mapping = record.mapping.at(world.rank)
         file = record.files[mapping.rank]
-        verify_file(engine_dir / file.name, file, threads)
-        tensors = map_tensors(engine_dir / file.name)
-        if chosen.type != "cpu":
-            tensors = {name: tensor.to(chosen) for name, tensor in tensors.items()}
+        if chosen.type == "cpu":
+            verify_file(engine_dir / file.name, file, threads)
+            tensors = map_tensors(engine_dir / file.name)
+        else:
+            tensors = load_tensors(engine_dir / file.name, file, chosen, threads)
         parallel = world.split(mapping.tp, mapping.pp, chosen)
         network = Yi(record.config, record.quant, mapping, record.embedding_dim, tensors, parallel)
         return Session(
