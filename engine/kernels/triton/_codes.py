@@ -1,0 +1,79 @@
+"""Device functions of an 8-bit key/value cache: codes to numbers and numbers to codes.
+
+A code's element type says which: int8, or uint8 for the bits of a float8_e4m3fn. They are plain
+arithmetic on bits, exact, and the same on every GPU: Ampere has no float8 conversions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Adding 1.5 * 2^23 to a small fp32 leaves no bits for fractions: the sum is rounded half to even.
+ROUNDER = tl.constexpr(12582912.0)
+# The bits of 2^23, whose mantissa counts ones; 128 more undo the offset of a shifted int8.
+COUNTER_BITS = tl.constexpr(0x4B000000)
+COUNTER_AND_OFFSET = tl.constexpr(8388608.0 + 128.0)
+# float8_e4m3fn has exponents 120 lower than fp32's bias, 20 mantissa bits fewer, a smallest
+# normal number of 2^-6 and steps of 2^-9 below.
+E4M3_BIAS = tl.constexpr(120)
+E4M3_SCALE = tl.constexpr(2.0**120)
+E4M3_MAX = tl.constexpr(448.0)
+E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
+E4M3_STEPS = tl.constexpr(2.0**9)
+
+
+def stored(cache: Tensor) -> Tensor:
+    """The cache as kernels take it: float8 as uint8."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device converts float8_e4m3fn by instructions (Ada and later)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@triton.jit
+def decode(codes, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+    """Codes as `dtype`, scale left out; numbers of an unquantised cache stay what they are."""
+    if codes.dtype == tl.int8:
+        # Integer-to-float conversions are slow instructions; an addition is not.
+        bits = (codes.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int32) | COUNTER_BITS
+        numbers = (bits.to(tl.float32, bitcast=True) - COUNTER_AND_OFFSET).to(dtype)
+    elif codes.dtype == tl.uint8:
+        if FLOAT8:
+            numbers = codes.to(tl.float8e4nv, bitcast=True).to(dtype)
+        else:
+            wide = codes.to(tl.int32)
+            bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+            numbers = (bits.to(tl.float32, bitcast=True) * E4M3_SCALE).to(dtype)
+    else:
+        numbers = codes
+    return numbers
+
+
+@triton.jit
+def encode(x, scale, dtype: tl.constexpr):
+    """fp32 x / scale as codes of `dtype`, rounded half to even and saturating; other dtypes take
+    x itself."""
+    if dtype == tl.int8:
+        rounded = (tl.div_rn(x, scale) + ROUNDER) - ROUNDER
+        codes = tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8)
+    elif dtype == tl.uint8:
+        codes = _encode_e4m3(tl.div_rn(x, scale))
+    else:
+        codes = x.to(dtype)
+    return codes
+
+
+@triton.jit
+def _encode_e4m3(x):
+    size = tl.minimum(tl.abs(x), E4M3_MAX)
+    bits = size.to(tl.int32, bitcast=True)
+    # Half to even at bit 20: half a unit less one, and one more where the kept part is odd.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - E4M3_BIAS * 8
+    small = ((size * E4M3_STEPS + ROUNDER) - ROUNDER).to(tl.int32)
+    code = tl.where(size < E4M3_MIN_NORMAL, small, normal)
+    return tl.where(x < 0, code | 0x80, code).to(tl.uint8)
