@@ -182,7 +182,7 @@ class EngineWriter:
         try:
             self._created = not self.output_dir.exists()
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.output_dir)
+            remove_abandoned(self.output_dir)
             self.staging.mkdir()
         except OSError as error:
             raise UserError(
@@ -317,11 +317,11 @@ def dump_json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    """The sentence for a failed write: disk full, quota, permission."""
+def write_error(path: Path, error: OSError, flag: str = "--output_dir") -> UserError:
+    """The sentence for a failed write: disk full, quota, permission; `flag` named the folder."""
     return UserError(
         f"writing {path} failed ({error.strerror or error}); nothing was replaced: free some "
-        "space or choose another --output_dir"
+        f"space or choose another {flag}"
     )
 
 
@@ -381,7 +381,7 @@ def _listed_files(output_dir: Path) -> set[str]:
         return set()
 
 
-def _remove_abandoned(output_dir: Path) -> None:
+def remove_abandoned(output_dir: Path) -> None:
     """Delete staging directories of builds that were killed."""
     for path in output_dir.glob(".building-*"):
         pid = path.name.rpartition("-")[2]

@@ -56,6 +56,7 @@ ONLY = {
         "checkpoint",
         "weights.types",
         "weights.deferred",
+        "mapping",
         "config",
         "quant",
         "env",
@@ -224,7 +225,7 @@ def test_every_storey_is_inhabited():
     assert empty <= {"comm", "env"}
 
 
-@pytest.mark.parametrize("script", ["build.py", "run.py"])
+@pytest.mark.parametrize("script", ["build.py", "run.py", "hf_yi_convert.py"])
 def test_help_is_quick(script):
     """--help imports neither torch nor transformers, which take seconds."""
     command = [sys.executable, "-X", "importtime", script, "--help"]
