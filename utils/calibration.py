@@ -81,15 +81,28 @@ def calibrate(
     batches = list(_plan_batches([len(sample) for sample in ordered]))
     rope = RotaryEmbedding(config, device)
     for layer in range(config.num_layers):
-        weights = _read_layer(checkpoint, layer)
-        block = _Block({name: w.to(device) for name, w in weights.items()}, config)
-        for rows, length in batches:
-            h_TE[rows] = block(h_TE[rows].to(device), length, rope).cpu()
-        ranges = block.ranges()
-        _require_finite(checkpoint, layer, ranges)
-        del block
-        yield CalibratedLayer(layer, weights, ranges)
+        # Nothing here refers to a layer that was handed on, so its memory is the next one's.
+        yield _calibrate_layer(checkpoint, layer, h_TE, batches, rope, device)
         progress(layer + 1, config.num_layers)
+
+
+def _calibrate_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    h_TE: Tensor,
+    batches: Sequence[tuple[slice, int]],
+    rope: RotaryEmbedding,
+    device: torch.device,
+) -> CalibratedLayer:
+    """Take `h_TE`, in place, through a layer."""
+    weights = _read_layer(checkpoint, layer)
+    on_device = {name: weight.to(device) for name, weight in weights.items()}
+    block = _Block(on_device, checkpoint.config)
+    for rows, length in batches:
+        h_TE[rows] = block(h_TE[rows].to(device), length, rope).cpu()
+    ranges = block.ranges()
+    _require_finite(checkpoint, layer, ranges)
+    return CalibratedLayer(layer, weights, ranges)
 
 
 class _Block:

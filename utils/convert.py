@@ -95,6 +95,7 @@ def _write(
         )
         for calibrated in layers:
             write_layer(calibrated, export, pool)
+            del calibrated  # else it would stay while the next layer is read
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def _int8_jobs(
     yield partial(_write_blocks, Path(f"{stem}.scale_x_orig_quant.bin"), [x_scale])
     yield partial(_write_blocks, Path(f"{stem}.scale_y_quant_orig.bin"), [y_scale])
     for per_channel in (False, True):
-        yield partial(_write_int8, row, calibrated, export, ranges, per_channel)
+        yield partial(_write_int8, row, calibrated, export, ranges, per_channel=per_channel)
 
 
 def _write_int8(
@@ -168,32 +168,41 @@ def _write_int8(
     calibrated: CalibratedLayer,
     export: Export,
     ranges: Ranges,
+    *,
     per_channel: bool,
 ) -> None:
+    """Codes and scales. Whole matrices are rounded, so that neither depends on the ranks."""
     quantise = numerics.int8_rows if per_channel else numerics.int8_tensor
-    # Whole matrices are rounded, so that scales do not depend on the number of ranks.
-    rounded = {source: quantise(calibrated.weights[source]) for source in row.sources}
-    stem = export.folder / row.stem(calibrated.layer)
+    codes, scales = {}, {}
+    for source in row.sources:
+        codes[source], scales[source] = quantise(calibrated.weights[source])
     kind = "weight.int8.col" if per_channel else "weight.int8"
     for rank in export.ranks:
-        spans = {source: cut(source, export.config, rank) for source in row.sources}
-        codes = [_cut(row, rounded[source][0], span) for source, span in spans.items()]
-        _write_transposed(Path(f"{stem}.{kind}.{rank.rank}.bin"), codes, lambda block: block)
-        is_cut = row.is_scale_cut(per_channel=per_channel)
-        if rank.rank and not is_cut:
-            continue
-        parts = [
-            rounded[s][1][slice(*span)] if is_cut else rounded[s][1] for s, span in spans.items()
-        ]
-        scale_N = torch.cat(parts) if is_cut or per_channel else parts[0][:1]
+        parts = [_cut(row, codes[s], cut(s, export.config, rank)) for s in row.sources]
+        path = export.folder / f"{row.stem(calibrated.layer)}.{kind}.{rank.rank}.bin"
+        _write_transposed(path, parts, lambda block: block)
+    for rank, scale_N in _cut_scales(row, scales, export, per_channel=per_channel):
         # (127 / ymax) / ((127 / xmax) · (127 / wmax))
         accumulated_N = ranges.x * scale_N / ranges.y
-        for what, values in (
+        for what, values_N in (
             ("scale_w_quant_orig", scale_N),
             ("scale_y_accum_quant", accumulated_N),
         ):
-            name = row.scale(calibrated.layer, what, rank.rank, per_channel=per_channel)
-            _write_blocks(export.folder / name, [values])
+            name = row.scale(calibrated.layer, what, rank, per_channel=per_channel)
+            _write_blocks(export.folder / name, [values_N])
+
+
+def _cut_scales(
+    row: FtLinear, scales: Mapping[str, Tensor], export: Export, *, per_channel: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """(rank, the scales in its file); rank 0 stands for all where they have one file."""
+    if row.is_scale_cut(per_channel=per_channel):
+        for rank in export.ranks:
+            parts = [scales[s][slice(*cut(s, export.config, rank))] for s in row.sources]
+            yield rank.rank, torch.cat(parts)
+    else:
+        [scale_N] = scales.values()
+        yield 0, scale_N if per_channel else scale_N[:1]
 
 
 def _smoother_jobs(row: FtLinear, smoother_K: Tensor, layer: int, export: Export) -> Iterator[Job]:
