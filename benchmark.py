@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Measure an engine against what the device can do, in the same run: python benchmark.py MODE, or
+mpirun -n WORLD python benchmark.py MODE for an engine of several ranks.
+
+latency: static batches, time to first token and decode rate. throughput: many requests, batch
+after batch. limits: memory bandwidth and matrix products alone. kernels: the operations one by
+one. Prompts are random token ids, decoding is greedy and no token ends an output. The last line of
+the output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils import log
+from utils.benchmarking.dummy import DTYPES, KV_FLAGS, PRESETS, QUANT_FLAGS
+from utils.benchmarking.plan import DEFAULT_BATCH, MODES, BenchmarkPlan, plan_benchmark
+from utils.cli import Parser, positive_int, run_main
+
+if TYPE_CHECKING:
+    from engine.comm import World
+    from utils.benchmarking.run import Device
+
+KERNEL_BENCHMARKS = ("benchmarks.kernels", "benchmarks.attention_kernels")
+RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="benchmark.py", description=__doc__)
+    parser.add_argument("mode", choices=MODES, help="what to measure")
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine_dir", metavar="DIR", help="what build.py wrote (default: engine_outputs)"
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any"
+    )
+    group.add_argument(
+        "--dummy",
+        choices=tuple(PRESETS),
+        help="build an engine of this shape with random weights, measure it and delete it; under "
+        "mpirun it is cut tensor-parallel among the ranks",
+    )
+    group.add_argument("--layers", type=positive_int, help="with --dummy: only so many layers")
+    group.add_argument("--quant", choices=tuple(QUANT_FLAGS), help="with --dummy (default: none)")
+    group.add_argument(
+        "--kv", choices=tuple(KV_FLAGS), help="with --dummy: type of the KV cache (default: none)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="with --dummy (default: bfloat16)")
+    group.add_argument(
+        "--work_dir", metavar="DIR", help="with --dummy: where to build, for example /dev/shm"
+    )
+    _add_work_flags(parser)
+    return parser
+
+
+def _add_work_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("work and report")
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="sequences of a static batch (default: 1; throughput: the engine's --max_batch_size)",
+    )
+    group.add_argument(
+        "--input_output_len",
+        nargs="+",
+        metavar="IN,OUT",
+        help="tokens of a prompt and new tokens; every pair is measured with every batch size "
+        "(default: 128,128)",
+    )
+    group.add_argument(
+        "--num_requests", type=positive_int, help="of throughput, all at once (default: 64)"
+    )
+    group.add_argument(
+        "--repeats", type=positive_int, help="timed runs, of which the median counts (default: 3)"
+    )
+    group.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="append a record for each workload (default: the device's in benchmarks/results)",
+    )
+    group.add_argument("--plot", metavar="FILE", help="draw a roofline as a PNG")
+    group.add_argument(
+        "--log_level",
+        default="warning",
+        help="error, warning, info, verbose or debug (default: %(default)s)",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    log.setup(args.log_level)
+    plan = plan_benchmark(vars(args))
+    # These import torch, which --help and mistaken flags do without.
+    from engine.comm import open_world
+    from utils.benchmarking.machine import command
+
+    world = open_world()
+    if plan.mode == "kernels":
+        return _run_kernels(world)
+    from utils.benchmarking.run import open_device
+
+    device = open_device(plan.device, world)
+    records = []
+    if plan.mode != "limits":
+        records = _measure(plan, world, device, command("benchmark.py", argv))
+    if world.rank == 0:
+        _report(plan, device, records)
+    return 0
+
+
+def _run_kernels(world: World) -> int:
+    if world.rank == 0:
+        for name in KERNEL_BENCHMARKS:
+            import_module(name).main([])
+    return 0
+
+
+def _measure(plan: BenchmarkPlan, world: World, device: Device, command: str) -> list[dict]:
+    """The record of each workload, written as soon as it is there."""
+    from utils.benchmarking import report
+    from utils.benchmarking.run import open_run
+
+    records = []
+    with _engine(plan, world) as (engine_dir, build_s), open_run(engine_dir, world, device) as run:
+        for work in plan.works(run.record.limits.max_batch_size):
+            if plan.mode == "latency":
+                served = run.latency(work, repeats=plan.repeats)
+            else:
+                served = run.throughput(work, requests=plan.requests, repeats=plan.repeats)
+            record = {
+                "task": plan.mode,
+                **report.describe_engine(run.record),
+                **report.describe_work(work),
+                **served.figures,
+                "build_s": build_s,
+                "repeats": plan.repeats,
+                **report.describe_machine(device.torch_device, device.threads, device.limits),
+                "command": command,
+            }
+            records.append(record)
+            if world.rank == 0 and plan.json_file is not None:
+                report.append_record(_results_file(plan.json_file, record), record)
+    return records
+
+
+@contextmanager
+def _engine(plan: BenchmarkPlan, world: World) -> Iterator[tuple[str, float | None]]:
+    """The engine directory, and the seconds that building it took if it is a dummy one."""
+    if plan.dummy is None:
+        yield plan.engine_dir, None
+        return
+    with tempfile.TemporaryDirectory(prefix="yi-dummy-", dir=plan.work_dir) as own:
+        folder = world.bcast(own)
+        seconds = _build(plan, folder, world.size) if world.rank == 0 else None
+        world.rest()
+        yield folder, world.bcast(seconds)
+        # Nobody's engine goes while another rank still reads it.
+        world.rest()
+
+
+def _build(plan: BenchmarkPlan, folder: str, ranks: int) -> float:
+    import build
+
+    assert plan.dummy is not None
+    start = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        flags = plan.dummy.build_flags(plan.works(DEFAULT_BATCH), tp=ranks, output_dir=folder)
+        build.main([*flags, "--log_level", "warning"])
+    return time.perf_counter() - start
+
+
+def _results_file(name: str, record: dict[str, Any]) -> Path:
+    from utils.benchmarking.machine import file_stem
+
+    return Path(name) if name else RESULTS / f"{file_stem(record['device'])}.json"
+
+
+def _report(plan: BenchmarkPlan, device: Device, records: list[dict]) -> None:
+    from utils.benchmarking import report
+    from utils.benchmarking.roofline import draw_roofline, points_of
+
+    print(report.limits_table(device.limits))
+    if records:
+        show = report.latency_table if plan.mode == "latency" else report.throughput_table
+        print(f"\n{show(records)}")
+    if plan.plot is not None:
+        draw_roofline(device.limits, points_of(records), Path(plan.plot))
+        print(f"\nroofline: {plan.plot}")
+    machine = report.describe_machine(device.torch_device, device.threads, device.limits)
+    print(json.dumps({"mode": plan.mode, **machine, "records": records}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

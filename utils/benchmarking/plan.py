@@ -1,0 +1,108 @@
+"""From benchmark.py's flags to a BenchmarkPlan. Every refusal that needs no engine is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from utils.benchmarking.dummy import PRESETS, DummyEngine
+from utils.benchmarking.workload import Workload, parse_lengths
+
+MODES = ("latency", "throughput", "limits", "kernels")
+# Flags that not every mode has a use for, with the modes that do; all are None unless given.
+BELONGS = {
+    "engine_dir": ("latency", "throughput"),
+    "dummy": ("latency", "throughput"),
+    "batch_size": ("latency", "throughput"),
+    "input_output_len": ("latency", "throughput"),
+    "repeats": ("latency", "throughput"),
+    "json": ("latency", "throughput"),
+    "num_requests": ("throughput",),
+    "plot": ("latency", "limits"),
+}
+DUMMY_ONLY = ("layers", "quant", "kv", "dtype", "work_dir")
+DEFAULT_ENGINE_DIR = "engine_outputs"
+DEFAULT_LENGTHS = ("128,128",)
+DEFAULT_REPEATS, DEFAULT_REQUESTS, DEFAULT_BATCH = 3, 64, 8
+
+
+@dataclass(frozen=True)
+class BenchmarkPlan:
+    """What one call of benchmark.py is to do.
+
+    `batches` is empty where the engine's own limit counts. `json_file` is '' for the device's file
+    in benchmarks/results.
+    """
+
+    mode: str
+    engine_dir: str
+    dummy: DummyEngine | None
+    device: str | None
+    batches: tuple[int, ...]
+    lengths: tuple[tuple[int, int], ...]
+    repeats: int
+    requests: int
+    work_dir: str | None
+    plot: str | None
+    json_file: str | None
+
+    def works(self, max_batch_size: int) -> tuple[Workload, ...]:
+        """Every batch size with every pair of lengths."""
+        batches = self.batches or (max_batch_size,)
+        return tuple(Workload(batch, *pair) for batch in batches for pair in self.lengths)
+
+
+def plan_benchmark(flags: Mapping[str, Any]) -> BenchmarkPlan:
+    """UserError for flags that contradict each other or the mode."""
+    mode = flags["mode"]
+    _refuse(flags)
+    dummy = None
+    if flags["dummy"] is not None:
+        given = {name: flags[name] for name in ("layers", "quant", "kv", "dtype") if flags[name]}
+        dummy = DummyEngine(flags["dummy"], **given)
+    batches = tuple(flags["batch_size"] or ((1,) if mode == "latency" else ()))
+    return BenchmarkPlan(
+        mode=mode,
+        engine_dir=flags["engine_dir"] or DEFAULT_ENGINE_DIR,
+        dummy=dummy,
+        device=None if flags["device"] == "auto" else flags["device"],
+        batches=batches,
+        lengths=parse_lengths(flags["input_output_len"] or DEFAULT_LENGTHS),
+        repeats=flags["repeats"] or DEFAULT_REPEATS,
+        requests=flags["num_requests"] or DEFAULT_REQUESTS,
+        work_dir=flags["work_dir"],
+        plot=flags["plot"],
+        json_file=flags["json"],
+    )
+
+
+def _refuse(flags: Mapping[str, Any]) -> None:
+    mode = flags["mode"]
+    for name, modes in BELONGS.items():
+        if flags[name] is not None and mode not in modes:
+            raise UserError(
+                f"--{name} has no meaning for '{mode}', it belongs to {' and '.join(modes)}; leave "
+                "it out"
+            )
+    if flags["dummy"] is not None and flags["engine_dir"] is not None:
+        raise UserError(
+            "--dummy and --engine_dir cannot be combined: one engine is measured; leave one out"
+        )
+    for name in DUMMY_ONLY:
+        if flags[name] is not None and flags["dummy"] is None:
+            raise UserError(
+                f"--{name} belongs to --dummy, which builds an engine; add that flag or leave this "
+                "one out"
+            )
+    layers = flags["layers"]
+    if layers is not None and layers > PRESETS[flags["dummy"]].num_layers:
+        raise UserError(
+            f"--layers {layers} exceeds the {PRESETS[flags['dummy']].num_layers} layers of "
+            f"{flags['dummy']}; a shape can only be cut"
+        )
+    work_dir = flags["work_dir"]
+    if work_dir is not None and not Path(work_dir).is_dir():
+        raise UserError(f"--work_dir {work_dir} is no directory; name one that is there")
