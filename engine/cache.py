@@ -17,24 +17,34 @@ import torch
 from torch import Tensor
 
 from engine.errors import RequestError
+from engine.quant import KVStorage
 
-STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What a quantised cache stores; another stores the engine's dtype.
+CODE_DTYPES = {KVStorage.INT8: torch.int8, KVStorage.FP8: torch.float8_e4m3fn}
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer, [blocks, G, block_tokens, D] each.
 
     One block of one head is a contiguous [block_tokens, D] matrix: a sequence within one block is
-    the view [G, S, D], and a paged kernel reads whole rows. An 8-bit cache adds its scales here
-    as fields with defaults; code that unpacks by name keeps working.
+    the view [G, S, D], and a paged kernel reads whole rows.
+
+    With scales, fp32 [G], both are codes: int8 -127…127 or float8_e4m3fn, and the value of a code
+    of head g is code · scale[g].
     """
 
     k: Tensor
     v: Tensor
+    k_scale_G: Tensor | None = None
+    v_scale_G: Tensor | None = None
 
 
 class KVCache:
-    """The storage of all layers of a rank, left uninitialised: kernels read valid slots only."""
+    """The storage of all layers of a rank, left uninitialised: kernels read valid slots only.
+
+    Codes come with `scales`, fp32 [layers, 2, G]: those of a layer's keys, then of its values.
+    """
 
     def __init__(
         self,
@@ -46,11 +56,25 @@ class KVCache:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        scales: Tensor | None = None,
     ) -> None:
-        assert dtype in STORED_DTYPES, f"no cache of {dtype}"
+        if scales is None:
+            assert dtype in PLAIN_DTYPES, f"no cache of {dtype} without scales"
+            layer_scales: Iterable[Iterable[Tensor]] = [()] * layers
+        else:
+            assert dtype in CODE_DTYPES.values(), f"no cache of {dtype} with scales"
+            assert scales.shape == (layers, 2, kv_heads), scales.shape
+            layer_scales = scales.float().to(device)
         shape = (layers, 2, num_blocks, kv_heads, block_tokens, head_dim)
         self._data = torch.empty(shape, dtype=dtype, device=device)
-        self._layers = tuple(LayerCache(*pair) for pair in self._data)
+        self._layers = tuple(
+            LayerCache(*keys_and_values, *scale_2G)
+            for keys_and_values, scale_2G in zip(self._data, layer_scales, strict=True)
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
 
     @property
     def num_blocks(self) -> int:
@@ -77,7 +101,9 @@ class KVCache:
             return
         sources, targets = torch.tensor(pairs, device=self._data.device).unbind(1)
         # Layer by layer, so that the copies in flight are a small part of a contiguous cache.
-        for keys_and_values in self._data:
+        # As integers where PyTorch cannot index the storage type.
+        is_fp8 = self._data.dtype == torch.float8_e4m3fn
+        for keys_and_values in self._data.view(torch.int8) if is_fp8 else self._data:
             filled = keys_and_values[:, :, :, :tokens]
             filled.index_copy_(1, targets, filled.index_select(1, sources))
 

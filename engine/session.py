@@ -10,7 +10,7 @@ from itertools import repeat
 from torch import Tensor
 
 from engine.batch import Packer
-from engine.cache import BlockTables, KVCache
+from engine.cache import CODE_DTYPES, BlockTables, KVCache
 from engine.comm import Parallel, World
 from engine.decoding import Beam, make_decoder
 from engine.errors import RequestError
@@ -248,8 +248,9 @@ class Session:
                 head_dim=config.head_dim,
                 num_blocks=num_blocks,
                 block_tokens=block_tokens,
-                dtype=self._network.dtype,
+                dtype=CODE_DTYPES.get(self.info.quant.kv, self._network.dtype),
                 device=self._network.device,
+                scales=self._network.kv_scales,
             )
             self._cache_shape = (num_blocks, block_tokens)
         held_blocks, held_tokens = self._cache_shape

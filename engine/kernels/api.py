@@ -140,7 +140,11 @@ def embedding(tokens_T: Tensor, table_VE: Tensor, first_row: int = 0) -> Tensor:
 
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -> None:
     """Store keys and values in the cache, in place. Slots are distinct; a negative one is skipped
-    (padding), but the first is not negative."""
+    (padding), but the first is not negative.
+
+    A cache with scales gets x / scale, rounded to whole numbers (ties to even) within ±127, or
+    within ±448 to float8_e4m3fn.
+    """
     select("write_kv", k_TGD.device)(k_TGD, v_TGD, layer, slots_T)
 
 
@@ -148,6 +152,7 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     """o [T, H, D] = softmax(scale · q kᵀ) v over the cached positions each token may see.
 
     Query head h reads kv head h // (H / G). Keys and values come from the cache, where this
-    step's are already written; memory outside a sequence's valid positions is never used.
+    step's are already written; memory outside a sequence's valid positions is never used. Where
+    the cache has scales, they are codes · scale, and products are accumulated in fp32.
     """
     return select("attention", q_THD.device)(q_THD, layer, batch)

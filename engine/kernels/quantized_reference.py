@@ -69,8 +69,8 @@ def linear_fp8(
 
 
 def quantize_int8(x_TK: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Whole numbers -127…127 as fp32 [T, K], and their scale: the given [1], or one per token
-    [T, 1], amax / 127."""
+    """Whole numbers -127…127 as fp32 [T, K], and their scale: the given one, which broadcasts, or
+    one per token [T, 1], amax / 127."""
     wide_TK = x_TK.float()
     if scale is None:
         scale = token_range(wide_TK) / INT8_MAX
@@ -78,8 +78,8 @@ def quantize_int8(x_TK: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def quantize_fp8(x_TK: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn [T, K], and their scale: the given [1], or one per token [T, 1],
-    amax / 448."""
+    """Codes float8_e4m3fn [T, K], and their scale: the given one, which broadcasts, or one per
+    token [T, 1], amax / 448."""
     wide_TK = x_TK.float()
     if scale is None:
         scale = token_range(wide_TK) / FP8_MAX

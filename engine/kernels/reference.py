@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.cache import LayerCache
 from engine.kernels.api import Attending
+from engine.kernels.quantized_reference import quantize_fp8, quantize_int8
 
 # Attention takes this many tokens at a time, so that a long prompt's scores fit in memory.
 MAX_QUERIES = 256
@@ -64,8 +65,17 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -
     slots_T = slots_T[source_T]
     block_tokens = layer.k.shape[2]
     blocks_T, offsets_T = slots_T // block_tokens, slots_T % block_tokens
-    layer.k[blocks_T, :, offsets_T] = k_TGD[source_T]
-    layer.v[blocks_T, :, offsets_T] = v_TGD[source_T]
+    layer.k[blocks_T, :, offsets_T] = stored_form(k_TGD, layer.k, layer.k_scale_G)[source_T]
+    layer.v[blocks_T, :, offsets_T] = stored_form(v_TGD, layer.v, layer.v_scale_G)[source_T]
+
+
+def stored_form(x_TGD: Tensor, stored: Tensor, scale_G: Tensor | None) -> Tensor:
+    """Keys or values as the cache `stored` keeps them: unchanged, or codes where it has scales."""
+    if scale_G is None:
+        return x_TGD
+    quantize = quantize_int8 if stored.dtype == torch.int8 else quantize_fp8
+    codes_TGD, _ = quantize(x_TGD, scale_G[:, None])
+    return codes_TGD.to(stored.dtype)
 
 
 def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
@@ -90,7 +100,8 @@ def _attend(
     if batch.window is not None:
         oldest = max(0, first - batch.window + 1)
     seen_S = torch.arange(oldest, stop, device=q_THD.device)
-    k_SGD, v_SGD = _read(layer.k, blocks, seen_S), _read(layer.v, blocks, seen_S)
+    k_SGD = _read(layer.k, layer.k_scale_G, blocks, seen_S)
+    v_SGD = _read(layer.v, layer.v_scale_G, blocks, seen_S)
     at_T1 = torch.arange(first, stop, device=q_THD.device)[:, None]
     is_hidden_TS = seen_S > at_T1
     if batch.window is not None:
@@ -103,9 +114,10 @@ def _attend(
     return o_TGRD.flatten(1, 2).to(q_THD.dtype)
 
 
-def _read(stored: Tensor, blocks: list[int], positions_S: Tensor) -> Tensor:
+def _read(stored: Tensor, scale_G: Tensor | None, blocks: list[int], positions_S: Tensor) -> Tensor:
     """One sequence's keys or values at `positions_S`, fp32 [S, G, D]."""
     block_tokens = stored.shape[2]
     blocks_M = torch.tensor(blocks, device=positions_S.device)
     at = (blocks_M[positions_S // block_tokens], slice(None), positions_S % block_tokens)
-    return stored[at].float()
+    x_SGD = stored[at].float()
+    return x_SGD if scale_G is None else x_SGD * scale_G[:, None]

@@ -8,6 +8,7 @@ Dimensions (sizes are local to the rank):
 from __future__ import annotations
 
 from collections.abc import Mapping as Names
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,8 @@ class Yi:
     """The layers of one pipeline stage.
 
     Calling it returns logits fp32 [R, V] on the last stage and None on the others, which hand
-    their hidden state on.
+    their hidden state on. `kv_scales` fp32 [layers, 2, G] belong to a cache that stores codes;
+    None where it stores the engine's dtype.
     """
 
     def __init__(
@@ -100,10 +102,9 @@ class Yi:
         self.dtype, self.device = norm.dtype, norm.device
         self._width, self._parallel, self._mapping = config.hidden_size, parallel, mapping
         self._rotary = RotaryEmbedding(config, self.device)
-        self._blocks = [
-            Block(arrays.at(f"blocks.{slot}"), config, shape, parallel)
-            for slot, _ in mapping.layers(config)
-        ]
+        blocks = [arrays.at(f"blocks.{slot}") for slot, _ in mapping.layers(config)]
+        self._blocks = [Block(block, config, shape, parallel) for block in blocks]
+        self.kv_scales = _stack_kv_scales(blocks)
         if mapping.is_first_stage:
             self._embed = Embedding(arrays.tensor("embed.weight"), embedding_dim, parallel.tp)
         if mapping.is_last_stage:
@@ -122,6 +123,13 @@ class Yi:
             self._parallel.send_next(h_TE)
             return None
         return self._head(h_TE if step.output_rows is None else h_TE[step.output_rows])
+
+
+def _stack_kv_scales(blocks: Sequence[Arrays]) -> Tensor | None:
+    attentions = [block.at("attn") for block in blocks]
+    if "kv_scale" not in attentions[0]:
+        return None
+    return torch.stack([arrays.tensor("kv_scale") for arrays in attentions])
 
 
 def _tied_head(table_VE: Tensor, config: ModelConfig, parallel: Parallel) -> Tensor:

@@ -19,6 +19,12 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
 
 
+# Storage types of a quantised cache, and the largest code of each.
+CODES = {torch.int8: 127, torch.float8_e4m3fn: 448}
+
+CODE_DTYPES = pytest.mark.parametrize("codes", CODES, ids=lambda dtype: str(dtype)[6:])
+
+
 def cases(op: str) -> Any:
     """Parametrises a test by every implementation of `op` on every device present."""
     pairs = [
@@ -35,6 +41,32 @@ def random(
     """Normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def random_codes(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """All codes that a quantised cache stores, equally often."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    for unused in (0x80,) if dtype == torch.int8 else (0x7F, 0xFF):
+        bits[bits == unused] = unused - 1
+    return bits.view(dtype)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """int8 or float8_e4m3fn → fp64; float8 by its definition (arXiv 2209.05433)."""
+    if codes.dtype == torch.int8:
+        return codes.double()
+    bits = codes.view(torch.uint8).long()
+    exponents, fractions = bits >> 3 & 15, (bits & 7) / 8
+    subnormal, normal = fractions * 2.0**-6, (1 + fractions) * 2.0 ** (exponents.double() - 7)
+    return torch.where(exponents == 0, subnormal, normal) * (1 - 2 * (bits >> 7))
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """What no kernel may use: NaN, or integers that the cache never stores and its largest."""
+    if dtype == torch.int8:
+        return torch.tensor([127, -128], dtype=dtype).repeat(shape[-1] // 2).expand(shape).clone()
+    return torch.full(shape, torch.nan, dtype=dtype)
 
 
 def assert_close(actual: Tensor, truth: Tensor) -> None:
@@ -71,22 +103,28 @@ def make_scene(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     window: int | None = None,
+    codes: torch.dtype | None = None,
 ) -> Scene:
-    """Random sequences in shuffled cache blocks; NaN wherever no sequence has a valid position.
+    """Random sequences in shuffled cache blocks; poison wherever no sequence has a valid position.
 
-    With a window, blocks that lie wholly before it are freed: NaN, and 0 in the table. The values
-    do not depend on `block_tokens` nor, for a sequence, on the others' lengths.
+    With a window, blocks that lie wholly before it are freed: poison, and 0 in the table. With
+    `codes` the cache stores that type, with a scale of its own for each head. The values do not
+    depend on `block_tokens` nor, for a sequence, on the others' lengths.
     """
     heads, kv_heads, head_dim = shape
     counts = [-(-length // block_tokens) for length in kv_lens]
     free = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(1)).tolist()
-    storage = torch.full((2, len(free), kv_heads, block_tokens, head_dim), torch.nan, dtype=dtype)
+    stored_shape = (2, len(free), kv_heads, block_tokens, head_dim)
+    storage = poisoned(*stored_shape, dtype=codes or dtype)
+    scales_2G = _scales(kv_heads, codes)
     table_BM = torch.zeros(len(kv_lens), max([*counts, 1]) + 2, dtype=torch.int32)
     keys, values, slots = [], [], []
     for b, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
-        k, v = random(2, kv_len, kv_heads, head_dim, dtype=dtype, seed=100 + b)
-        keys.append(k)
-        values.append(v)
+        k, v, true_k, true_v = _keys_and_values(
+            (kv_len, kv_heads, head_dim), scales_2G, dtype=codes or dtype, seed=100 + b
+        )
+        keys.append(true_k)
+        values.append(true_v)
         kept = 0 if window is None else max(0, kv_len - query_len - window + 1)
         for index in range(kept // block_tokens, counts[b]):
             block, start = free.pop(), index * block_tokens
@@ -111,7 +149,29 @@ def make_scene(
         window=window,
         scale=head_dim**-0.5,
     )
-    return Scene(q_THD.to(device), LayerCache(*storage.to(device)), batch, keys, values)
+    layer = LayerCache(*storage.to(device), *(scale_G.to(device) for scale_G in scales_2G))
+    return Scene(q_THD.to(device), layer, batch, keys, values)
+
+
+def _scales(kv_heads: int, codes: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Scales of keys and of values that make the largest code 3 to 4."""
+    if codes is None:
+        return ()
+    return tuple(3 / CODES[codes] * (1 + random(2, kv_heads, seed=99).abs() / 10))
+
+
+def _keys_and_values(
+    shape: tuple[int, ...], scales_2G: tuple[Tensor, ...], *, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values [S, G, D] as they are stored, and their true ones."""
+    if not scales_2G:
+        k, v = random(2, *shape, dtype=dtype, seed=seed)
+        return k, v, k, v
+    k, v = random_codes(2, *shape, dtype=dtype, seed=seed)
+    true_k, true_v = (
+        decode(x) * scale_G.double()[:, None] for x, scale_G in zip((k, v), scales_2G, strict=True)
+    )
+    return k, v, true_k, true_v
 
 
 def eager_attention(scene: Scene) -> Tensor:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.cache import BlockTables, KVCache
+from engine.cache import CODE_DTYPES, BlockTables, KVCache
 from engine.errors import RequestError
 
 
@@ -14,12 +14,17 @@ def make_cache(**changes) -> KVCache:
     return KVCache(**sizes | {"dtype": torch.float32, "device": "cpu"} | changes)
 
 
+def make_code_cache(dtype: torch.dtype) -> KVCache:
+    return make_cache(dtype=dtype, scales=torch.arange(12.0).view(3, 2, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_layers_are_views_of_one_allocation(dtype: torch.dtype) -> None:
     cache = make_cache(dtype=dtype)
+    assert all(cache.layer(slot)[2:] == (None, None) for slot in range(3))
     assert (cache.num_blocks, cache.block_tokens) == (5, 6)
     assert cache.nbytes == 3 * 2 * 5 * 2 * 6 * 4 * dtype.itemsize
-    parts = [part for slot in range(3) for part in cache.layer(slot)]
+    parts = [part for slot in range(3) for part in cache.layer(slot)[:2]]
     for number, part in enumerate(parts):
         assert part.shape == (5, 2, 6, 4) and part.dtype == dtype
         part.fill_(number)
@@ -32,21 +37,41 @@ def test_a_sequence_in_one_block_is_a_view_per_head_of_contiguous_rows() -> None
     assert k_GSD.shape == (2, 5, 4) and k_GSD[0].is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", CODE_DTYPES.values(), ids=str)
+def test_codes_take_a_byte_each_and_have_their_layers_scales(dtype: torch.dtype) -> None:
+    cache = make_code_cache(dtype)
+    assert cache.nbytes * 2 == make_cache(dtype=torch.bfloat16).nbytes
+    k, v, k_scale_G, v_scale_G = cache.layer(1)
+    assert k.dtype == v.dtype == dtype
+    assert (k_scale_G.tolist(), v_scale_G.tolist()) == ([4.0, 5.0], [6.0, 7.0])
+
+
+def test_codes_and_scales_come_together() -> None:
+    with pytest.raises(AssertionError, match="no cache of torch.int8 without scales"):
+        make_cache(dtype=torch.int8)
+    with pytest.raises(AssertionError, match="no cache of torch.float16 with scales"):
+        make_code_cache(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [None, *CODE_DTYPES.values()], ids=str)
 @pytest.mark.parametrize("tokens", [None, 2])
-def test_copy_blocks_copies_all_layers_at_once(tokens: int | None) -> None:
-    cache = make_cache()
+def test_copy_blocks_copies_all_layers_at_once(
+    tokens: int | None, dtype: torch.dtype | None
+) -> None:
+    cache = make_cache() if dtype is None else make_code_cache(dtype)
     for slot in range(3):
-        for part in cache.layer(slot):
-            part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(slot)))
-    before = [tuple(part.clone() for part in cache.layer(slot)) for slot in range(3)]
+        for part in cache.layer(slot)[:2]:
+            values = torch.randn(part.shape, generator=torch.Generator().manual_seed(slot))
+            part.copy_(values * 40)
+    before = [tuple(part.clone() for part in cache.layer(slot)[:2]) for slot in range(3)]
     # A cycle: the copies do not see one another.
     cache.copy_blocks([(0, 1), (1, 0), (2, 4)], tokens)
     for slot in range(3):
-        for old, new in zip(before[slot], cache.layer(slot), strict=True):
+        for old, new in zip(before[slot], cache.layer(slot)[:2], strict=True):
             expected = old.clone()
             for source, target in ((0, 1), (1, 0), (2, 4)):
                 expected[target, :, :tokens] = old[source, :, :tokens]
-            assert torch.equal(new, expected)
+            assert torch.equal(new.float(), expected.float())
 
 
 def test_copying_nothing_is_allowed() -> None:
