@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from engine import env
@@ -158,18 +159,16 @@ def _open(path: str | Path | None, split: str, cache_dir: str | None, where: str
 
 
 def _open_file(path: Path, where: str) -> Iterable[Row]:
-    from datasets import load_dataset
-
     if path.suffix not in FILE_KINDS:
         raise UserError(
             f"{where} is of no known kind; use {', '.join(FILE_KINDS)} or a folder of such files"
         )
     kind = FILE_KINDS[path.suffix]
-    return load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    return _stream(kind, data_files=str(path), split="train")
 
 
 def _open_folder(path: Path, where: str) -> Mapping[str, Iterable[Row]]:
-    from datasets import Dataset, get_dataset_config_names, load_dataset, load_from_disk
+    from datasets import Dataset, get_dataset_config_names, load_from_disk
 
     if any((path / name).is_file() for name in _SAVED_MARKS):
         saved = load_from_disk(str(path))
@@ -181,7 +180,15 @@ def _open_folder(path: Path, where: str) -> Mapping[str, Iterable[Row]]:
             "one's files instead of the folder"
         )
     name = CONFIG if CONFIG in names else names[0]
-    return load_dataset(str(path), name, streaming=True)
+    return _stream(str(path), name)
+
+
+def _stream(*names: str, **options: Any) -> Any:
+    """`load_dataset` that stores nothing. It still wants a place for a lock while it opens."""
+    from datasets import load_dataset
+
+    with TemporaryDirectory() as scratch:
+        return load_dataset(*names, streaming=True, cache_dir=scratch, **options)
 
 
 def _choose_split(splits: Mapping[str, Iterable[Row]], split: str, where: str) -> Iterable[Row]:
@@ -219,14 +226,12 @@ def _cached_folder(cache_dir: Path) -> Path:
 
 def _load_cached(split: str, cache_dir: Path) -> Iterable[Row]:
     """The Arrow files that an earlier fetch left, without a question to the hub."""
-    from datasets import load_dataset
-
     files = list(_cached_folder(cache_dir).glob(f"*/*/*-{split}*.arrow"))
     if not files:
         raise FileNotFoundError(f"{_cached_folder(cache_dir)} has no split '{split}'")
     newest = max(files, key=lambda file: file.stat().st_mtime).parent
     shards = sorted(str(file) for file in files if file.parent == newest)
-    return load_dataset("arrow", data_files=shards, split="train", streaming=True)
+    return _stream("arrow", data_files=shards, split="train")
 
 
 def _why_unreachable() -> str | None:

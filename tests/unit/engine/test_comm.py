@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,20 @@ def check_world(ranks: int) -> None:
     expected = [str(rank) for rank in range(ranks)] if world.rank == 1 else None
     assert world.gather(str(world.rank), root=1) == expected
     world.barrier()
+    check_rest(world)
     threads = thread_share.share_threads(world)
     assert threads == torch.get_num_threads() >= 1
     assert sum(world.all_gather(threads)) <= max(os.cpu_count() or 1, ranks)
+
+
+def check_rest(world: World) -> None:
+    """The ranks that rest wait for the one that works, and take little of its processor."""
+    start, used = time.monotonic(), time.process_time()
+    if world.rank == 1:
+        time.sleep(0.6)
+    world.rest()
+    assert time.monotonic() - start > 0.5
+    assert time.process_time() - used < 0.25
 
 
 @pytest.mark.mpi
@@ -207,6 +219,7 @@ def test_solo_gives_back_what_it_gets() -> None:
         assert group.all_reduce(x_TN) is x_TN
         assert group.all_gather(x_TN) is x_TN
         assert group.broadcast(x_TN, 0) is x_TN
+    world.rest()
     assert world.bcast("a") == "a"
     assert world.gather("a") == world.all_gather("a") == ["a"]
     with pytest.raises(SystemExit) as exit_:
