@@ -134,7 +134,10 @@ def _read_samples(folder: Path, config: ModelConfig, flags: Mapping[str, Any]) -
             f"(vocab_size) has {config.vocab_size} entries; use the files of one checkpoint"
         )
     if not samples:
-        raise UserError("--calib_dataset gives no tokens; name texts that are not empty")
+        raise UserError(
+            f"--in-file {folder}: its tokenizer makes no tokens of the texts; check that its "
+            "tokenizer files are whole"
+        )
     return samples
 
 
