@@ -14,23 +14,24 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import build
 from utils import log
-from utils.benchmarking.dummy import DTYPES, KV_FLAGS, PRESETS, QUANT_FLAGS
+from utils.benchmarking.dummy import DTYPES, KV_FLAGS, PRESETS, QUANT_FLAGS, DummyEngine
 from utils.benchmarking.plan import DEFAULT_BATCH, MODES, BenchmarkPlan, plan_benchmark
 from utils.cli import Parser, positive_int, run_main
 
 if TYPE_CHECKING:
     from engine.comm import World
     from utils.benchmarking.run import Device
+    from utils.benchmarking.workload import Workload
 
 KERNEL_BENCHMARKS = ("benchmarks.kernels", "benchmarks.attention_kernels")
-RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 
 
 def make_parser() -> Parser:
@@ -137,22 +138,18 @@ def _measure(plan: BenchmarkPlan, world: World, device: Device, command: str) ->
     with _engine(plan, world) as (engine_dir, build_s), open_run(engine_dir, world, device) as run:
         for work in plan.works(run.record.limits.max_batch_size):
             if plan.mode == "latency":
-                served = run.latency(work, repeats=plan.repeats)
+                figures = run.latency(work, repeats=plan.repeats)
             else:
-                served = run.throughput(work, requests=plan.requests, repeats=plan.repeats)
-            record = {
-                "task": plan.mode,
-                **report.describe_engine(run.record),
-                **report.describe_work(work),
-                **served.figures,
-                "build_s": build_s,
-                "repeats": plan.repeats,
-                **report.describe_machine(device.torch_device, device.threads, device.limits),
-                "command": command,
-            }
-            records.append(record)
+                figures = run.throughput(work, requests=plan.requests, repeats=plan.repeats)
+            figures |= {"build_s": build_s, "repeats": plan.repeats}
+            records.append(
+                report.make_record(
+                    plan.mode, run.record, work, figures, device=device, command=command
+                )
+            )
             if world.rank == 0 and plan.json_file is not None:
-                report.append_record(_results_file(plan.json_file, record), record)
+                path = report.results_file(plan.json_file, records[-1])
+                report.append_record(path, records[-1])
     return records
 
 
@@ -162,30 +159,29 @@ def _engine(plan: BenchmarkPlan, world: World) -> Iterator[tuple[str, float | No
     if plan.dummy is None:
         yield plan.engine_dir, None
         return
-    with tempfile.TemporaryDirectory(prefix="yi-dummy-", dir=plan.work_dir) as own:
-        folder = world.bcast(own)
-        seconds = _build(plan, folder, world.size) if world.rank == 0 else None
+    works = plan.works(DEFAULT_BATCH)
+    with dummy_engine(plan.dummy, works, world=world, work_dir=plan.work_dir) as made:
+        yield made
+
+
+@contextmanager
+def dummy_engine(
+    dummy: DummyEngine, works: Sequence[Workload], *, world: World, work_dir: str | None
+) -> Iterator[tuple[str, float]]:
+    """An engine that all of `works` fit, cut tensor-parallel among the ranks of one host, and the
+    seconds that building it took; deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="yi-dummy-", dir=work_dir) as own:
+        folder, seconds = world.bcast(own), 0.0
+        if world.rank == 0:
+            flags = dummy.build_flags(works, tp=world.size, output_dir=folder)
+            start = time.perf_counter()
+            with redirect_stdout(sys.stderr):
+                build.main([*flags, "--log_level", "warning"])
+            seconds = time.perf_counter() - start
         world.rest()
         yield folder, world.bcast(seconds)
-        # Nobody's engine goes while another rank still reads it.
+        # No rank deletes what another still reads.
         world.rest()
-
-
-def _build(plan: BenchmarkPlan, folder: str, ranks: int) -> float:
-    import build
-
-    assert plan.dummy is not None
-    start = time.perf_counter()
-    with redirect_stdout(sys.stderr):
-        flags = plan.dummy.build_flags(plan.works(DEFAULT_BATCH), tp=ranks, output_dir=folder)
-        build.main([*flags, "--log_level", "warning"])
-    return time.perf_counter() - start
-
-
-def _results_file(name: str, record: dict[str, Any]) -> Path:
-    from utils.benchmarking.machine import file_stem
-
-    return Path(name) if name else RESULTS / f"{file_stem(record['device'])}.json"
 
 
 def _report(plan: BenchmarkPlan, device: Device, records: list[dict]) -> None:
@@ -199,8 +195,8 @@ def _report(plan: BenchmarkPlan, device: Device, records: list[dict]) -> None:
     if plan.plot is not None:
         draw_roofline(device.limits, points_of(records), Path(plan.plot))
         print(f"\nroofline: {plan.plot}")
-    machine = report.describe_machine(device.torch_device, device.threads, device.limits)
-    print(json.dumps({"mode": plan.mode, **machine, "records": records}, ensure_ascii=False))
+    whole = {"mode": plan.mode, **report.describe_machine(device), "records": records}
+    print(json.dumps(whole, ensure_ascii=False))
 
 
 if __name__ == "__main__":

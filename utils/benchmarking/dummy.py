@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.config import ModelConfig
@@ -58,7 +58,7 @@ class DummyEngine:
         config = PRESETS[self.preset]
         return replace(config, num_layers=self.layers or config.num_layers)
 
-    def build_flags(self, works: tuple[Workload, ...], *, tp: int, output_dir: str) -> list[str]:
+    def build_flags(self, works: Sequence[Workload], *, tp: int, output_dir: str) -> list[str]:
         """build.py's, for an engine that all of `works` fit."""
         config = self.config
         longest = max(work.input_len + work.output_len for work in works)

@@ -7,48 +7,63 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.errors import UserError
 from engine.record import EngineRecord
 from utils.benchmarking import machine
 from utils.benchmarking.dummy import name_shape
 from utils.benchmarking.limits import Limits
+from utils.benchmarking.run import Device
 from utils.benchmarking.workload import Workload
 from utils.output import replace_file
 
 ABSENT = "–"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 Record = Mapping[str, Any]
 Column = tuple[str, Callable[[Record], str]]
 
 
-def describe_engine(record: EngineRecord) -> dict[str, Any]:
-    """The part of a record that says what was measured."""
-    quant = record.quant
+def make_record(
+    task: str,
+    engine: EngineRecord,
+    work: Workload,
+    figures: Record,
+    *,
+    device: Device,
+    command: str,
+) -> dict[str, Any]:
+    """One workload: what was measured, the figures, and where and with what."""
     return {
-        "model": name_shape(record.config),
-        "layers": record.config.num_layers,
-        "mode": str(quant),
-        "dtype": record.dtype,
-        "tp": record.mapping.tp,
-        "pp": record.mapping.pp,
-        "is_dummy": record.is_dummy,
+        "task": task,
+        "model": name_shape(engine.config),
+        "layers": engine.config.num_layers,
+        "mode": str(engine.quant),
+        "dtype": engine.dtype,
+        "tp": engine.mapping.tp,
+        "pp": engine.mapping.pp,
+        "is_dummy": engine.is_dummy,
+        "bs": work.batch,
+        "isl": work.input_len,
+        "osl": work.output_len,
+        **figures,
+        **describe_machine(device),
+        "command": command,
     }
 
 
-def describe_work(work: Workload) -> dict[str, Any]:
-    return {"bs": work.batch, "isl": work.input_len, "osl": work.output_len}
-
-
-def describe_machine(device: torch.device, threads: int, limits: Limits) -> dict[str, Any]:
-    """The part that says where and with what."""
+def describe_machine(device: Device) -> dict[str, Any]:
+    """The part of a record that is the same for all of a run."""
     return {
-        "device": machine.device_name(device),
-        "threads": threads,
-        "limits": limits.to_dict(),
-        "versions": machine.versions(device),
+        "device": machine.device_name(device.torch_device),
+        "threads": device.threads,
+        "limits": device.limits.to_dict(),
+        "versions": machine.versions(device.torch_device),
         "date": machine.today(),
     }
+
+
+def results_file(name: str, record: Record) -> Path:
+    """`name`, or if it is empty the file of the record's device."""
+    return Path(name) if name else RESULTS / f"{machine.file_stem(record['device'])}.json"
 
 
 def append_record(path: Path, record: Record) -> None:

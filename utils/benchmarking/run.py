@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.backends import open_engine
+from engine.backends import open_engine, read_record
 from engine.backends.torch_engine import pick_device
 from engine.comm import World
 from engine.engine_file import map_tensors
@@ -45,16 +45,11 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Served:
-    """A measured workload: figures by the names that a record keeps them under."""
-
-    work: Workload
-    figures: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class EngineRun:
-    """An open engine. Times in seconds: opening it, and then the first token of a short prompt."""
+    """An open engine. Times in seconds: opening it, and then the first token of a short prompt.
+
+    What is measured comes as figures by the names that a record keeps them under.
+    """
 
     session: Session
     world: World
@@ -68,7 +63,7 @@ class EngineRun:
     def record(self) -> EngineRecord:
         return self.session.info
 
-    def latency(self, work: Workload, *, repeats: int) -> Served:
+    def latency(self, work: Workload, *, repeats: int) -> dict[str, Any]:
         self._require_room(work)
         timed = time_latency(self.session, work, repeats=repeats)
         record = self.record
@@ -80,9 +75,9 @@ class EngineRun:
             limits=self.device.limits,
             kind=product_kind(record.quant, record.dtype, self.device.torch_device.type),
         )
-        return self._serve(work, figures.to_dict())
+        return figures.to_dict() | self._costs()
 
-    def throughput(self, work: Workload, *, requests: int, repeats: int) -> Served:
+    def throughput(self, work: Workload, *, requests: int, repeats: int) -> dict[str, Any]:
         """Requests, all there from the start, in batches of `work.batch`."""
         self._require_room(work)
         seconds = time_throughput(self.session, work, requests=requests, repeats=repeats)
@@ -93,18 +88,17 @@ class EngineRun:
             "tokens_per_s": requests * work.output_len / seconds,
             "total_tokens_per_s": requests * (work.input_len + work.output_len) / seconds,
         }
-        return self._serve(work, figures)
+        return figures | self._costs()
 
-    def _serve(self, work: Workload, figures: dict[str, Any]) -> Served:
+    def _costs(self) -> dict[str, Any]:
         """Memory is that of the rank which took most, since the engine was opened."""
         self.memory.update()
         peaks = [peak for peak in self.world.all_gather(self.memory.bytes) if peak is not None]
-        own = {
+        return {
             "peak_memory_bytes": max(peaks, default=None),
             "load_s": self.load_s,
             "first_answer_s": self.first_answer_s,
         }
-        return Served(work, figures | own)
 
     def _require_room(self, work: Workload) -> None:
         """The session would split a larger batch, which is then no static batch."""
@@ -137,16 +131,18 @@ def open_run(engine_dir: str, world: World, device: Device) -> Iterator[EngineRu
             session=session,
             world=world,
             device=device,
-            traffic=_traffic(session.info, Path(engine_dir), world),
+            traffic=engine_traffic(engine_dir, world)[1],
             memory=memory,
             load_s=loaded - start,
             first_answer_s=answered - loaded,
         )
 
 
-def _traffic(record: EngineRecord, engine_dir: Path, world: World) -> Traffic:
-    """Of all ranks together."""
-    file = engine_dir / record.files[record.mapping.rank].name
+def engine_traffic(engine_dir: str, world: World) -> tuple[EngineRecord, Traffic]:
+    """The record of an engine directory, and the traffic of all its ranks together."""
+    record = read_record(engine_dir)
+    mapping = record.mapping.at(world.rank)
+    file = Path(engine_dir) / record.files[mapping.rank].name
     sizes = {name: tensor.nbytes for name, tensor in map_tensors(file).items()}
-    own = rank_traffic(sizes, record.config, record.mapping, record.dtype, record.quant)
-    return reduce(add, world.all_gather(own))
+    own = rank_traffic(sizes, record.config, mapping, record.dtype, record.quant)
+    return record, reduce(add, world.all_gather(own))
