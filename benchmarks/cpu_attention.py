@@ -5,14 +5,15 @@
 One layer of Yi-6B (32 heads, 4 kv heads of 128) decodes one token, over caches of bf16, int8 and
 fp8. Layers rotate, as in a model, so that no cache is in the processor from the last call. Prints
 a Markdown row for each: the 20th percentile of single calls in milliseconds, and its ratio to
-bf16, contiguous and with the same blocks. Results are checked against the reference first. Set
+bf16 with the same blocks, one of all positions or pages. The caches take turns, so that another
+load of the machine falls on all of them. Results are checked against the reference first. Set
 OMP_NUM_THREADS for the number of threads; it must not exceed the cores that are idle.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,17 +68,8 @@ def make_batch(context: int, block_tokens: int) -> Attending:
     )
 
 
-def time_ms(run: Callable[[int], Tensor], layers: int) -> float:
-    """20th percentile of single calls: what the call takes while nothing else disturbs it."""
-    seconds = []
-    for call in range(CALLS):
-        start = time.perf_counter()
-        run(call % layers)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[CALLS // 5] * 1e3
-
-
-def measure(dtype: torch.dtype, context: int, block_tokens: int) -> float:
+def prepare(dtype: torch.dtype, context: int, block_tokens: int) -> Callable[[int], Tensor]:
+    """Attention over layer call % layers of a new cache."""
     torch.manual_seed(0)
     cache, batch = make_cache(dtype, context, block_tokens), make_batch(context, block_tokens)
     q_THD = torch.randn(1, HEADS, HEAD_DIM).to(torch.bfloat16)
@@ -85,7 +77,18 @@ def measure(dtype: torch.dtype, context: int, block_tokens: int) -> float:
     o_THD = cpu.attention(q_THD, layers[0], batch).float()
     truth_THD = reference.attention(q_THD.float(), layers[0], batch)
     assert (o_THD - truth_THD).abs().max() <= MAX_ERROR * truth_THD.abs().max(), "wrong result"
-    return time_ms(lambda slot: cpu.attention(q_THD, layers[slot], batch), len(layers))
+    return lambda call: cpu.attention(q_THD, layers[call % len(layers)], batch)
+
+
+def time_ms(runs: Sequence[Callable[[int], Tensor]]) -> list[float]:
+    """20th percentile of single calls of each: what they take while nothing else disturbs them."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for call in range(CALLS):
+        for run, taken in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run(call)
+            taken.append(time.perf_counter() - start)
+    return [sorted(taken)[CALLS // 5] * 1e3 for taken in seconds]
 
 
 def main() -> None:
@@ -93,11 +96,10 @@ def main() -> None:
     print("| context | block | cache | ms | of bf16 |\n|---|---|---|---|---|")
     for context in CONTEXTS:
         for block_tokens in (context, PAGE_TOKENS):
-            times = {dtype: measure(dtype, context, block_tokens) for dtype in CACHES}
-            for dtype, ms in times.items():
-                ratio = ms / times[torch.bfloat16]
+            times = time_ms([prepare(dtype, context, block_tokens) for dtype in CACHES])
+            for dtype, ms in zip(CACHES, times, strict=True):
                 name = str(dtype).removeprefix("torch.")
-                print(f"| {context} | {block_tokens} | {name} | {ms:.3f} | {ratio:.2f} |")
+                print(f"| {context} | {block_tokens} | {name} | {ms:.3f} | {ms / times[0]:.2f} |")
 
 
 if __name__ == "__main__":
