@@ -1,4 +1,4 @@
-"""Hugging Face exports of NVIDIA ModelOpt: FP8, W4A16_AWQ and W8A8_SQ_PER_CHANNEL.
+"""Hugging Face exports of NVIDIA ModelOpt: FP8, W4A16_AWQ, W8A8_SQ_PER_CHANNEL and W8A16.
 
 Their settings lie in hf_quant_config.json and, from newer versions, in config.json as well.
 """
@@ -20,13 +20,14 @@ from engine.checkpoint.quantised import (
     FullPrecision,
     LinearFormat,
     StoredLinear,
+    meta,
     sketch_groups,
 )
 from engine.config import ModelConfig
 from engine.quant import Algorithm, KVStorage, QuantConfig
-from engine.weights.types import Int4Groups
+from engine.weights.types import Int4Groups, Int8
 
-ALGORITHMS = ("FP8", "W4A16_AWQ", "W8A8_SQ_PER_CHANNEL")
+ALGORITHMS = ("FP8", "W4A16_AWQ", "W8A8_SQ_PER_CHANNEL", "W8A16")
 KV_ALGORITHMS = {"FP8": KVStorage.FP8, "INT8": KVStorage.INT8}
 KV_TYPES = {"float": KVStorage.FP8, "int": KVStorage.INT8}
 KV_NAMES = (("k_proj.k_scale", "v_proj.v_scale"),)
@@ -71,6 +72,28 @@ class PackedAwq(LinearFormat):
         return sketch_groups(linear, self.groups, has_pre_scale=is_scaled)
 
 
+class WeightOnlyInt8(LinearFormat):
+    """weight int8 [N, K]; weight_scale per output [N]; activations stay as they are."""
+
+    def __init__(self, kv: KVStorage) -> None:
+        self.quant = QuantConfig(Algorithm.W8A16, kv=kv)
+        self.kv_names = KV_NAMES
+
+    def fields(self, outputs: int, inputs: int) -> dict[str, Field]:
+        return {
+            "weight": Field(((outputs, inputs),), (torch.int8,)),
+            "weight_scale": Field(((outputs,), (outputs, 1)), SCALE_DTYPES),
+        }
+
+    def unpack(self, linear: StoredLinear) -> Int8:
+        scale_N = read_scale(linear.tensors["weight_scale"]).reshape(-1)
+        return Int8(linear.read("weight"), scale_N)
+
+    def sketch(self, linear: StoredLinear) -> Int8:
+        codes_NK = meta(linear.outputs, linear.inputs, dtype=torch.int8)
+        return Int8(codes_NK, meta(linear.outputs))
+
+
 def unpack_rows(bytes_MK: Tensor) -> Tensor:
     """uint8 [N/2, K] of two's complement nibbles -> uint8 0…15 [N, K], a value plus 8."""
     codes_MPK = torch.stack((bytes_MK & 15, bytes_MK >> 4), dim=1)
@@ -97,6 +120,8 @@ def read_modelopt(settings: Settings, config: ModelConfig) -> LinearFormat:
     if algorithm == "W8A8_SQ_PER_CHANNEL":
         quant = QuantConfig(Algorithm.W8A8_SQ, per_channel=True, kv=kv)
         return EightBit(quant, KV_NAMES, is_smoothed=True)
+    if algorithm == "W8A16":
+        return WeightOnlyInt8(kv)
     settings.require("has_zero_point", (False,), REMEDY, default=False)
     require_multiples(config, settings.file, of_outputs=ROWS_PER_BYTE)
     return PackedAwq(read_groups(settings, config, default=128), kv)
