@@ -220,7 +220,7 @@ def _cut(row: FtLinear, matrix_NK: Tensor, span: Span) -> Tensor:
 def _store(values: Tensor, export: Export, name: str) -> Tensor:
     """`values` in the storage type; UserError for what it cannot hold."""
     stored = values.to(export.dtype)
-    if not torch.isfinite(stored).all():
+    if not torch.isfinite(numerics.amax_tensor(stored)):
         kind = str(export.dtype).removeprefix("torch.")
         raise UserError(
             f"--storage-type: {name} has NaN or values too large for {kind}; use bf16 or fp32, or "
@@ -238,7 +238,9 @@ def _write_transposed(
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, inputs, step):
-            yield convert(torch.cat([part[:, start : start + step].T for part in parts], dim=1))
+            # Transposing what lies in one piece is several times faster.
+            cuts = [convert(part[:, start : start + step].contiguous()) for part in parts]
+            yield torch.cat([cut_NK.T.contiguous() for cut_NK in cuts], dim=1)
 
     _write_blocks(path, blocks())
 

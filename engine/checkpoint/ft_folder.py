@@ -63,10 +63,9 @@ class Columns(TensorSource):
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         start, stop = self.row_span(start, stop)
         first = self.span.start
-        # A copy even where the transpose is contiguous, which one row is.
-        return self.file.map()[:, first + start : first + stop].T.clone(
-            memory_format=torch.contiguous_format
-        )
+        columns = self.file.map()[:, first + start : first + stop]
+        # Transposing what lies in one piece is several times faster.
+        return columns.clone(memory_format=torch.contiguous_format).T.contiguous()
 
 
 @dataclass(frozen=True)
