@@ -30,6 +30,7 @@ OWNERS = {
     "evaluate": (*SCRIPTS, "utils/", "tools/", "models/", "benchmarks/"),
     "mpi4py": ("engine/comm.py",),
     "torch.distributed": ("engine/comm.py",),
+    "modelopt": ("utils/quantisation/",),
     "triton": ("engine/kernels/triton/",),
     "tensorrt": ("engine/backends/trtllm.py",),
     "tensorrt_llm": ("engine/backends/trtllm.py",),
@@ -40,7 +41,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("plugins",)),
     (("env",), ("config",), ("quant",), ("limits",), ("engine_file",)),
     (("mapping",), ("comm",), ("threads",), ("cache",), ("loading",)),
-    (("record",), ("weights.types", "weights.deferred"), ("kernels",)),
+    (("record",), ("unified",), ("weights.types", "weights.deferred"), ("kernels",)),
     (("checkpoint",), ("layers",), ("sampling", "penalties", "beam", "decoding")),
     (("weights",), ("models",)),
     (("graph", "batch", "static_batch", "graphed_batch"),),
@@ -59,10 +60,19 @@ ONLY = {
         "mapping",
         "config",
         "quant",
+        "unified",
         "env",
         "errors",
     ),
-    "weights": ("weights", "checkpoint.base", "mapping", "config", "quant", "errors"),
+    "weights": (
+        "weights",
+        "checkpoint.base",
+        "mapping",
+        "config",
+        "quant",
+        "unified",
+        "errors",
+    ),
 }
 # Lines of code: neither blank nor a comment.
 MAX_LINES = {"product": 330, "tests": 430}
@@ -225,7 +235,9 @@ def test_every_storey_is_inhabited():
     assert empty <= {"comm", "env"}
 
 
-@pytest.mark.parametrize("script", ["build.py", "run.py", "hf_yi_convert.py"])
+@pytest.mark.parametrize(
+    "script", ["build.py", "run.py", "summarize.py", "hf_yi_convert.py", "quantize.py"]
+)
 def test_help_is_quick(script):
     """--help imports neither torch nor transformers, which take seconds."""
     command = [sys.executable, "-X", "importtime", script, "--help"]

@@ -47,7 +47,7 @@ def load_rows(
     """
     where = _describe(path, flag)
     with _reading(where):
-        rows = list(islice(_open(path, split, cache_dir, where), limit))
+        rows = list(islice(_open(path, split, cache_dir, where, flag), limit))
     if not rows:
         raise UserError(f"{where} has no rows in its split '{split}'; give at least one")
     for column in columns:
@@ -74,7 +74,8 @@ def calibration_texts(
         texts = read_paragraphs(source, flag)
     else:
         with _reading(where):
-            texts = list(islice(_texts(_open(source, "train", cache_dir, where), where), size))
+            rows = _open(source, "train", cache_dir, where, flag)
+            texts = list(islice(_texts(rows, where), size))
     if not texts:
         raise UserError(f"{where} holds no text; give at least one")
     if len(texts) < size:
@@ -145,9 +146,11 @@ def _reading(where: str) -> Iterator[None]:
         raise _unreadable(where, reason) from None
 
 
-def _open(path: str | Path | None, split: str, cache_dir: str | None, where: str) -> Iterable[Row]:
+def _open(
+    path: str | Path | None, split: str, cache_dir: str | None, where: str, flag: str
+) -> Iterable[Row]:
     if path is None:
-        return _open_default(split, cache_dir)
+        return _open_default(split, cache_dir, flag)
     path = Path(path)
     if path.is_file():
         return _open_file(path, where)
@@ -200,7 +203,7 @@ def _choose_split(splits: Mapping[str, Iterable[Row]], split: str, where: str) -
     return splits[split]
 
 
-def _open_default(split: str, cache_dir: str | None) -> Iterable[Row]:
+def _open_default(split: str, cache_dir: str | None, flag: str) -> Iterable[Row]:
     from datasets import config, load_dataset
 
     folder = Path(cache_dir or config.HF_DATASETS_CACHE).expanduser()
@@ -210,7 +213,7 @@ def _open_default(split: str, cache_dir: str | None) -> Iterable[Row]:
     if reason is not None:
         raise UserError(
             f"the data set {HUB_NAME} is not in the cache {folder} and {reason}; name local data "
-            "with --dataset_path, for instance tests/data/cnn_dailymail"
+            f"with {flag}, for instance tests/data/cnn_dailymail"
         )
     log.info(f"fetching {HUB_NAME} from the Hugging Face hub into {folder}")
     return load_dataset(HUB_NAME, CONFIG, split=split, cache_dir=str(folder))

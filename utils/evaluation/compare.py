@@ -16,6 +16,7 @@ from utils import log
 from utils.evaluation.agreement import summarise_agreement
 from utils.evaluation.engine_run import EngineJob, parting_context, run_engine, run_in_own_job
 from utils.evaluation.judge import Judge
+from utils.evaluation.memory import release_memory
 from utils.evaluation.plan import EvaluationPlan
 from utils.evaluation.prepare import Prepared, prepare
 from utils.evaluation.task import Ids, Outcome
@@ -142,6 +143,7 @@ class Comparison:
             return {}
         from utils.evaluation import hf_run
 
+        release_memory()
         return hf_run.next_logits(self._plan, self.prepared, sorted(contexts))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from engine.comm import World
 from engine.threads import share_threads
 from utils.evaluation.hf_side import HfSide, load_model
 from utils.evaluation.measure import Watch, measure
-from utils.evaluation.memory import PeakMemory
+from utils.evaluation.memory import PeakMemory, release_memory
 from utils.evaluation.plan import EvaluationPlan
 from utils.evaluation.prepare import Prepared
 from utils.evaluation.task import Ids, Outcome
@@ -75,8 +74,7 @@ def _open(plan: EvaluationPlan, prepared: Prepared) -> Iterator[HfSide]:
         yield side
     finally:
         del side
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
 
 
 def _is_on_gpu(plan: EvaluationPlan) -> bool:

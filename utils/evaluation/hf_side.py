@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +35,8 @@ from utils.generation import Words
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Yi's own class of old checkpoints is Llama's under another name, with code that needs no running.
 _RENAMED = {"Yi": LlamaForCausalLM}
+# What it raises for files that are missing, damaged, of an unknown model or need a package.
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 _EARLY_STOPPING = {1: True, 0: False}
 
 
@@ -58,7 +61,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **placed,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"--hf_model_location {folder} cannot be loaded by transformers: {reason}; name a "

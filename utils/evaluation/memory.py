@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -32,12 +33,24 @@ class PeakMemory:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.update()
+
+    def update(self) -> None:
+        """Let `bytes` be what was measured until now."""
         if self._on_gpu:
             self.bytes = _peak_of_gpus()
             return
         peak = _resident("VmHWM")
         if self._before is not None and peak is not None:
             self.bytes = max(peak - self._before, 0)
+
+
+def release_memory() -> None:
+    """Give back what a model that nobody refers to any more has left behind."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _reset_gpus() -> None:

@@ -221,6 +221,11 @@ def _refuse(flags: Mapping[str, Any]) -> None:
                 f"--{name} {flags[name]} is not known to transformers, so the sides would not do "
                 "the same; leave it or --test_hf out"
             )
+    if flags["min_length"] > flags["output_len"]:
+        raise UserError(
+            f"--min_length {flags['min_length']} is more than --output_len {flags['output_len']}; "
+            "lower the one or raise the other"
+        )
     for name in ("stop_words", "bad_words"):
         if flags[name] and len(flags[name]) > 1:
             raise UserError(

@@ -42,21 +42,25 @@ class Prepared:
 def prepare(plan: EvaluationPlan) -> tuple[Tokenizer, Prepared]:
     """UserError for whatever is wrong with engines, tokenizer, data or the output folder."""
     from engine.backends import read_record
+    from utils.evaluation.engine_side import make_params
 
     if plan.output_dir is not None:
         check_writable(str(Path(plan.output_dir) / "report.json"), "--output_dir")
     records = tuple(read_record(folder) for folder in plan.engine_dirs)
-    _check_output_len(plan, records)
+    splits = _check_limits(plan, records) if plan.generates else []
     tokenizer = open_tokenizer(plan)
     for folder, record in zip(plan.engine_dirs, records, strict=True):
         check_vocabulary(tokenizer, record.config.vocab_size, f"--engine_dir {folder}")
-    hf_dir, notes = _find_checkpoint(plan, tokenizer, records)
+    hf_dir, doubts = _find_checkpoint(plan, tokenizer, records)
     rows = _read_rows(plan)
     longest = min((record.limits.max_input_len for record in records), default=None)
     cases, cut = _make_cases(plan, tokenizer, rows, longest)
     windows, narrowed = _make_windows(plan, tokenizer, rows, longest)
-    task = Task(cases, _make_rules(plan, tokenizer, records), plan.batch_size, windows)
-    return tokenizer, Prepared(task, records, hf_dir, (*notes, *cut, *narrowed))
+    rules = _make_rules(plan, tokenizer, records)
+    make_params(rules)  # refuses impossible values before anything is computed
+    task = Task(cases, rules, plan.batch_size, windows)
+    notes = (*doubts, *splits, *cut, *narrowed)
+    return tokenizer, Prepared(task, records, hf_dir, notes)
 
 
 def open_tokenizer(plan: EvaluationPlan) -> Tokenizer:
@@ -115,14 +119,27 @@ def _find_checkpoint(
     return folder, notes
 
 
-def _check_output_len(plan: EvaluationPlan, records: tuple[EngineRecord, ...]) -> None:
+def _check_limits(plan: EvaluationPlan, records: tuple[EngineRecord, ...]) -> list[str]:
+    """UserError for what an engine was not built for; a note for batches that it splits."""
+    notes = []
     for folder, record in zip(plan.engine_dirs, records, strict=True):
-        if plan.generates and plan.output_len > record.limits.max_output_len:
+        limits, beams = record.limits, plan.decoding.num_beams
+        if plan.output_len > limits.max_output_len:
             raise UserError(
-                f"--output_len {plan.output_len} exceeds --max_output_len "
-                f"{record.limits.max_output_len} of --engine_dir {folder}; ask for less or build "
-                "with more"
+                f"--output_len {plan.output_len} exceeds --max_output_len {limits.max_output_len} "
+                f"of --engine_dir {folder}; ask for less or build with more"
             )
+        if beams > limits.max_beam_width:
+            raise UserError(
+                f"--num_beams {beams} exceeds --max_beam_width {limits.max_beam_width} of "
+                f"--engine_dir {folder}; ask for fewer or build with more"
+            )
+        if plan.batch_size > limits.max_batch_size:
+            notes.append(
+                f"--engine_dir {folder} was built for --max_batch_size {limits.max_batch_size} and "
+                f"answers batches of {plan.batch_size} in parts"
+            )
+    return notes
 
 
 def _read_rows(plan: EvaluationPlan) -> list[dict[str, str]]:

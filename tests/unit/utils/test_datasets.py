@@ -153,7 +153,7 @@ REFUSALS = {
     "kind": (lambda folder: written(folder / "a.csv", "a,b"), "is of no known kind; use .parquet"),
     "no file": (lambda folder: folder, "cannot be read: .* doesn't contain any data files; "),
     "empty": (lambda folder: written(folder / "a.jsonl", ""), "cannot be read: it is empty; "),
-    "no rows": (lambda folder: written(folder / "a.json", "[]"), "no rows|cannot be read"),
+    "no rows": (lambda folder: written(folder / "a.json", "[]"), "has no rows in its split"),
     "not JSON": (lambda folder: written(folder / "a.json", "nonsense"), "cannot be read: JSON "),
     "not UTF-8": (lambda folder: written(folder / "a.json", b'{"article": "\xff"}'), "cannot be"),
     "not Parquet": (
