@@ -106,10 +106,13 @@ def round_layers(
         rotary(x_BSE, torch.arange(x_BSE.shape[1], device=device).unsqueeze(0)) for x_BSE in hidden
     ]
     for index in range(checkpoint.config.num_layers):
-        layer = load_layer(checkpoint, config, index, dtype, device)
-        rounder = LayerRounder(layer, rotaries, group_size)
-        hidden = rounder.run(hidden)
-        yield rounder.rounded
+        rounder = LayerRounder(
+            load_layer(checkpoint, config, index, dtype, device), rotaries, group_size
+        )
+        hidden, rounded = rounder.run(hidden), rounder.rounded
+        # The next layer is read into the memory of this one.
+        del rounder
+        yield rounded
 
 
 def make_tensors(

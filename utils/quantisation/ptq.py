@@ -124,11 +124,15 @@ def export_model(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype) -> N
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What ModelOpt prints goes to the debug log, and its warnings and bars nowhere."""
-    printed = io.StringIO()
+    """What ModelOpt prints goes to the debug log; its warnings and transformers' go nowhere."""
+    printed, level = io.StringIO(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
-    with warnings.catch_warnings(), redirect_stdout(printed):
-        warnings.simplefilter("ignore")
-        yield
+    hf_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
     for line in printed.getvalue().splitlines():
         log.debug(line)
