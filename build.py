@@ -41,6 +41,12 @@ def _add_source_flags(parser: Parser) -> None:
         help="folder written by hf_yi_convert.py (…/N-gpu): INT8 weights and KV cache scales",
     )
     group.add_argument(
+        "--checkpoint_dir",
+        metavar="DIR",
+        help="TensorRT-LLM's unified checkpoint (config.json and rank0.safetensors …), of "
+        "convert_checkpoint.py, ModelOpt or --export_checkpoint",
+    )
+    group.add_argument(
         "--quant_ckpt_path", metavar="FILE", help="AWQ .pt/.npz or GPTQ .safetensors/.pt weights"
     )
     group.add_argument(
@@ -59,7 +65,13 @@ def _add_source_flags(parser: Parser) -> None:
         "--backend",
         default="torch",
         choices=("torch", "tensorrt_llm"),
-        help="what runs the engine (default: %(default)s)",
+        help="what runs the engine; tensorrt_llm needs NVIDIA's library and its trtllm-build "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--export_checkpoint",
+        metavar="DIR",
+        help="write TensorRT-LLM's unified checkpoint for trtllm-build and stop; needs no library",
     )
     group.add_argument("--log_level", default="info", help="error, warning, info, verbose or debug")
     group.add_argument(
@@ -242,6 +254,11 @@ def main(argv: list[str] | None = None) -> int:
 
     plan = build_plan.plan_build(vars(args), vars(parser.parse_args([])))
     build_report.announce(plan)
+    if args.export_checkpoint is not None:
+        with log.ProgressBar("writing checkpoint", unit="B") as bar:
+            report = build_plan.export_checkpoint(plan, args.export_checkpoint, bar.update_to)
+        build_report.print_checkpoint(args.export_checkpoint, report)
+        return 0
     with log.ProgressBar("writing engine", unit="B") as bar:
         report = build_plan.get_backend(args.backend).build(plan, bar.update_to)
     build_report.print_report(plan, report)

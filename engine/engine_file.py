@@ -70,12 +70,19 @@ class RankWriter:
     """Writes one rank file; tensors come in the order given to the constructor.
 
     Hashing and writing run in a thread of their own, so that they overlap with reading and
-    converting the next block; at most a few blocks wait in between.
+    converting the next block; at most a few blocks wait in between. `alignment` 1 leaves no gaps.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[StoredTensor], metadata: dict[str, str]):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[StoredTensor],
+        metadata: dict[str, str],
+        *,
+        alignment: int = ALIGNMENT,
+    ):
         self._path = path
-        self._header, self._gaps = _make_header(tensors, metadata)
+        self._header, self._gaps = _make_header(tensors, metadata, alignment)
         self._order = iter(tensors)
         self._queue: Queue[bytes | memoryview | None] = Queue(maxsize=4)
         self._failure: BaseException | None = None
@@ -173,8 +180,8 @@ class EngineWriter:
     that was there before is untouched.
     """
 
-    def __init__(self, output_dir: Path):
-        self.output_dir = output_dir
+    def __init__(self, output_dir: Path, flag: str = "--output_dir"):
+        self.output_dir, self._flag = output_dir, flag
         self._created = False
         self.staging = output_dir / f".building-{os.getpid()}"
 
@@ -186,7 +193,7 @@ class EngineWriter:
             self.staging.mkdir()
         except OSError as error:
             raise UserError(
-                f"--output_dir {self.output_dir} cannot be written ({error.strerror}); "
+                f"{self._flag} {self.output_dir} cannot be written ({error.strerror}); "
                 "choose a directory you may write to"
             ) from None
         return self
@@ -201,7 +208,7 @@ class EngineWriter:
         free = shutil.disk_usage(self.staging).free
         if free < needed:
             raise UserError(
-                f"--output_dir {self.output_dir} has {free / 1e9:.2f} GB free and the engine needs "
+                f"{self._flag} {self.output_dir} has {free / 1e9:.2f} GB free and the engine needs "
                 f"{needed / 1e9:.2f} GB; free some space or choose another directory"
             )
 
@@ -221,7 +228,7 @@ class EngineWriter:
             for name in sorted(staged, key=lambda name: name == CONFIG_NAME):
                 os.replace(self.staging / name, self.output_dir / name)
         except OSError as error:
-            raise write_error(self.output_dir, error) from None
+            raise write_error(self.output_dir, error, self._flag) from None
         for name in old - set(staged):
             (self.output_dir / name).unlink(missing_ok=True)
 
@@ -326,9 +333,9 @@ def write_error(path: Path, error: OSError, flag: str = "--output_dir") -> UserE
 
 
 def _make_header(
-    tensors: Sequence[StoredTensor], metadata: dict[str, str]
+    tensors: Sequence[StoredTensor], metadata: dict[str, str], alignment: int
 ) -> tuple[bytes, dict[str, int]]:
-    """Header bytes (padded to the alignment) and the padding that follows each tensor."""
+    """Header bytes (padded to a page) and the padding that follows each tensor."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     gaps: dict[str, int] = {}
     offset = 0
@@ -339,7 +346,7 @@ def _make_header(
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
-        gap = -end % ALIGNMENT
+        gap = -end % alignment
         if gap:
             name = f"_pad.{len(gaps)}"
             entries[name] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}

@@ -74,7 +74,7 @@ class Session:
         Raises RequestError for a prompt or parameters that the engine cannot serve, before
         anything is computed.
         """
-        self._check(prompts, params, context_logits)
+        check_requests(self.info, prompts, params, wants_logits=context_logits)
         results: list[Result] = []
         for batch in self._batches(prompts, params, context_logits, generation_logits):
             for _ in batch.run():
@@ -89,7 +89,7 @@ class Session:
 
         Each list holds the results of every batch begun so far; the last one holds them all.
         """
-        self._check(prompts, params, False)
+        check_requests(self.info, prompts, params)
         done: list[Result] = []
         for batch in self._batches(prompts, params, False, False):
             for step, _ in enumerate(batch.run(), start=1):
@@ -101,7 +101,7 @@ class Session:
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits fp32 [prompt, V] at every position of each prompt, on the CPU of every rank."""
         params = [SamplingParams(max_new_tokens=1)] * len(prompts)
-        self._check(prompts, params, False)
+        check_requests(self.info, prompts, params)
         logits: list[Tensor] = []
         for batch in self._batches(prompts, params, True, False):
             batch.prefill()
@@ -146,39 +146,6 @@ class Session:
                 generation_logits=generation_logits,
             )
             start = stop
-
-    def _check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        context_logits: bool,
-    ) -> None:
-        assert len(prompts) == len(params)
-        limits = self.info.limits
-        if context_logits and not limits.gather_all_token_logits:
-            raise RequestError(
-                "logits of prompt tokens were asked for and the engine was built without "
-                "--gather_all_token_logits; build it with that flag"
-            )
-        # Decoders look, too, but one rank alone has a decoder.
-        check_tokens(params, prompts, self.info.config.vocab_size)
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            if len(prompt) > limits.max_input_len:
-                raise RequestError(
-                    f"prompt {index} has {len(prompt)} tokens and the engine was built for "
-                    f"--max_input_len {limits.max_input_len}; shorten it, cut it with "
-                    "--max_input_length, or build with a larger limit"
-                )
-            if one.max_new_tokens > limits.max_output_len:
-                raise RequestError(
-                    f"--max_output_len {one.max_new_tokens} exceeds the engine's "
-                    f"--max_output_len {limits.max_output_len}; ask for less or build with more"
-                )
-            if one.num_beams > limits.max_beam_width:
-                raise RequestError(
-                    f"--num_beams {one.num_beams} exceeds the engine's --max_beam_width "
-                    f"{limits.max_beam_width}; ask for fewer beams or build with more"
-                )
 
     def _open_batch(
         self,
@@ -259,3 +226,39 @@ class Session:
     def _shape_serves(self, num_blocks: int, block_tokens: int) -> bool:
         held_blocks, held_tokens = self._cache_shape
         return held_blocks >= num_blocks and held_tokens >= block_tokens
+
+
+def check_requests(
+    record: EngineRecord,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    *,
+    wants_logits: bool = False,
+) -> None:
+    """Raise RequestError for what an engine cannot serve; `wants_logits`: of prompt tokens."""
+    assert len(prompts) == len(params)
+    limits = record.limits
+    if wants_logits and not limits.gather_all_token_logits:
+        raise RequestError(
+            "logits of prompt tokens were asked for and the engine was built without "
+            "--gather_all_token_logits; build it with that flag"
+        )
+    # Decoders look, too, but one rank alone has a decoder.
+    check_tokens(params, prompts, record.config.vocab_size)
+    for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+        if len(prompt) > limits.max_input_len:
+            raise RequestError(
+                f"prompt {index} has {len(prompt)} tokens and the engine was built for "
+                f"--max_input_len {limits.max_input_len}; shorten it, cut it with "
+                "--max_input_length, or build with a larger limit"
+            )
+        if one.max_new_tokens > limits.max_output_len:
+            raise RequestError(
+                f"--max_output_len {one.max_new_tokens} exceeds the engine's "
+                f"--max_output_len {limits.max_output_len}; ask for less or build with more"
+            )
+        if one.num_beams > limits.max_beam_width:
+            raise RequestError(
+                f"--num_beams {one.num_beams} exceeds the engine's --max_beam_width "
+                f"{limits.max_beam_width}; ask for fewer beams or build with more"
+            )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from collections.abc import Mapping as Names
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
 from engine.backends import get_backend
-from engine.backends.base import BuildPlan
+from engine.backends.base import BuildPlan, BuildReport
 from engine.checkpoint.base import Checkpoint
 from engine.checkpoint.open import Paths
 from engine.config import ModelConfig, Rope, from_flags
@@ -26,7 +27,7 @@ from engine.weights.quantize import quantize
 from utils.hub import resolve_model_dir
 from weight import WeightSource
 
-__all__ = ["get_backend", "plan_build"]
+__all__ = ["export_checkpoint", "get_backend", "plan_build"]
 
 QUANT_FLAGS = (
     "use_weight_only",
@@ -85,13 +86,14 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
     for flag, what in LATER.items():
         if flags[flag] != defaults[flag]:
             raise UserError(f"--{flag}: {what} is not available in this version; leave it out")
-    get_backend(flags["backend"])
+    if flags["export_checkpoint"] is None:
+        get_backend(flags["backend"])
+        _check_output(Path(flags["output_dir"]))
     asked = QuantConfig.from_flags(**{name: flags[name] for name in QUANT_FLAGS})
     limits = BuildLimits(**{f.name: flags[f.name] for f in fields(BuildLimits)})
     mapping = _mapping(flags)
     embedding_dim = flags["embedding_sharding_dim"] if flags["use_parallel_embedding"] else None
     source = _source(flags, asked)
-    _check_output(Path(flags["output_dir"]))
     with source.open() as checkpoint:
         quant = _settle_quant(
             asked,
@@ -122,10 +124,24 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
         open_checkpoint=source.open,
         parallel=flags["parallel_build"],
         switches={switch.flag: flags[switch.flag] for switch in SWITCHES},
-        ignored=without_effect(flags, defaults),
+        ignored=without_effect(flags, defaults) if flags["backend"] == "torch" else (),
         companions=_companions(source),
         warnings=notes,
     )
+
+
+def export_checkpoint(
+    plan: BuildPlan, folder: str, progress: Callable[[int, int], None]
+) -> BuildReport:
+    """Write `plan`'s weights as TensorRT-LLM's unified checkpoint; see
+    engine/backends/unified_export.py."""
+    from engine.backends.trtllm import find_preprocess
+    from engine.backends.unified_export import export_checkpoint as write
+
+    preprocess = None
+    if plan.record.quant.algorithm is Algorithm.W4A16_GPTQ:
+        preprocess = find_preprocess()
+    return write(plan, Path(folder), progress, preprocess=preprocess)
 
 
 def _settle_quant(
@@ -207,6 +223,12 @@ def _configure(checkpoint: Checkpoint, flags: Names[str, Any], *, is_dummy: bool
                 f"--{flag} {given} differs from the checkpoint's {found} ({checkpoint.where}); "
                 "shape flags are for builds without a checkpoint, leave it out"
             )
+    if not checkpoint.is_rope_known and flags["rotary_base"] is None:
+        raise UserError(
+            f"--checkpoint_dir {checkpoint.where}: its config.json has no rotary_base, which some "
+            "exporters leave out; give the base model's rope_theta as --rotary_base (5000000 for "
+            "Yi)"
+        )
     rope = config.rope
     if flags["rotary_base"] is not None:
         rope = replace(rope, theta=flags["rotary_base"])

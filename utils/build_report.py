@@ -80,3 +80,15 @@ def print_report(plan: BuildPlan, report: BuildReport) -> None:
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
     print(f"engine written to {plan.output_dir}")
+
+
+def print_checkpoint(folder: str, report: BuildReport) -> None:
+    """The closing lines of an export."""
+    record = report.record
+    for file in record.files:
+        print(f"{file.name}  {file.bytes / 1e6:,.1f} MB")
+    print(
+        f"{record.quant}, {record.dtype}, tp {record.mapping.tp} × pp {record.mapping.pp}, "
+        f"{report.seconds:.1f} s, peak memory {report.peak_rss / 1e6:,.0f} MB"
+    )
+    print(f"checkpoint written to {folder}; trtllm-build --checkpoint_dir {folder} builds from it")

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.backends.trtllm_record import find_foreign, read_foreign
 from engine.engine_file import CONFIG_NAME, read_config
 from engine.errors import EngineError, UserError
 from engine.record import EngineRecord
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from engine.session import Session
 
 # Name → module that defines `backend`; imported when chosen.
-BACKENDS = {"torch": "engine.backends.torch_engine"}
+BACKENDS = {"torch": "engine.backends.torch_engine", "tensorrt_llm": "engine.backends.trtllm"}
 
 
 def get_backend(name: str) -> Backend:
@@ -28,8 +29,13 @@ def get_backend(name: str) -> Backend:
 
 
 def read_record(engine_dir: str | Path) -> EngineRecord:
-    """The record of an engine directory; EngineError if it is none or of another version."""
+    """The record of an engine directory; EngineError if it is none or of another version.
+
+    Engines that trtllm-build itself wrote are recognised, too.
+    """
     folder = Path(engine_dir)
+    if (foreign := find_foreign(folder)) is not None:
+        return read_foreign(foreign, folder)
     return EngineRecord.from_dict(read_config(folder)["engine"], str(folder / CONFIG_NAME))
 
 

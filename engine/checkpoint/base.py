@@ -144,10 +144,12 @@ class Checkpoint:
     leftovers   tensors of the files that the network has no place for; `check` refuses them
     quant       what the files are quantised to; None for full precision
     kv_storage  the storage type of the KV cache that `kv_scales` belong to
+    is_rope_known  whether the files give the base of the rotary embedding
     """
 
     quant: QuantConfig | None = None
     kv_storage: KVStorage = KVStorage.NONE
+    is_rope_known: bool = True
     _given_kv: Sequence[KVPair] | None = None
 
     def __init__(

@@ -7,17 +7,22 @@ from pathlib import Path
 
 from engine.checkpoint.awq_file import open_awq_file
 from engine.checkpoint.base import Checkpoint
+from engine.checkpoint.files import read_json
 from engine.checkpoint.gptq_file import open_gptq_file
 from engine.checkpoint.hf import CONFIG_FILE, open_hf
 from engine.checkpoint.meta import PARAMS_FILE, open_meta
+from engine.checkpoint.unified import open_unified
 from engine.errors import CheckpointError, UserError
 from engine.quant import GROUPED, Algorithm, KVStorage, QuantConfig
+from engine.unified import rank_file
 
+UNIFIED_FILE = rank_file(0)
 # What else users pass as a checkpoint: pattern of a file in it -> what it is and where it goes.
 OTHER_DIRECTORIES = (
     (PARAMS_FILE, "a checkpoint in Meta's format; pass it as --meta_ckpt_dir"),
     ("config.ini", "a directory written by hf_yi_convert.py; pass it as --ft_model_dir"),
     ("[0-9]*-gpu/config.ini", "the output of hf_yi_convert.py; pass N-gpu in it as --ft_model_dir"),
+    (UNIFIED_FILE, "TensorRT-LLM's unified checkpoint; pass it as --checkpoint_dir"),
     ("*.gguf", "a GGUF file's directory; use the safetensors checkpoint of the same model"),
 )
 
@@ -40,13 +45,14 @@ class Paths:
     model_dir: str | None = None
     meta_ckpt_dir: str | None = None
     ft_model_dir: str | None = None
+    checkpoint_dir: str | None = None
     quant_ckpt_path: str | None = None
     quantized_fp8_model_path: str | None = None
 
     @property
     def weights_flag(self) -> str:
         """The flag whose directory holds the weights."""
-        given = ("model_dir", "meta_ckpt_dir", "ft_model_dir")
+        given = ("model_dir", "meta_ckpt_dir", "checkpoint_dir", "ft_model_dir")
         return next((flag for flag in given if getattr(self, flag) is not None), "model_dir")
 
 
@@ -91,6 +97,8 @@ def _check_flags(paths: Paths, quant: QuantConfig) -> None:
             f"--model_dir {paths.model_dir} and --meta_ckpt_dir {paths.meta_ckpt_dir} are both "
             "given; weights come from one of them, leave the other out"
         )
+    if paths.checkpoint_dir is not None:
+        _check_alone(paths)
     has_model = paths.model_dir is not None or paths.meta_ckpt_dir is not None
     for flag, algorithms, remedy in SCALE_FILES:
         path = getattr(paths, flag)
@@ -117,6 +125,17 @@ def _check_flags(paths: Paths, quant: QuantConfig) -> None:
         )
 
 
+def _check_alone(paths: Paths) -> None:
+    """A unified checkpoint holds weights, scales and configuration."""
+    others = ("model_dir", "meta_ckpt_dir", "ft_model_dir", *(row[0] for row in SCALE_FILES))
+    for flag in others:
+        if getattr(paths, flag) is not None:
+            raise UserError(
+                f"--checkpoint_dir {paths.checkpoint_dir} holds everything a build needs and "
+                f"--{flag} is given, too; leave one of them out"
+            )
+
+
 def _open_weights(paths: Paths, quant: QuantConfig) -> Checkpoint:
     """The reader of the directory that holds the weights."""
     if paths.model_dir is not None:
@@ -132,11 +151,29 @@ def _open_weights(paths: Paths, quant: QuantConfig) -> Checkpoint:
                 f"Meta's format; {hint}"
             )
         return open_meta(folder)
+    if paths.checkpoint_dir is not None:
+        return open_unified(_find_unified(paths.checkpoint_dir))
     if paths.ft_model_dir is not None:
         from engine.checkpoint.ft import open_ft
 
         return open_ft(_find_directory("--ft_model_dir", paths.ft_model_dir), quant=quant)
     raise UserError("no checkpoint is given; name one as --model_dir")
+
+
+def _find_unified(path: str) -> Path:
+    folder = _find_directory("--checkpoint_dir", path)
+    if (folder / CONFIG_FILE).exists():
+        keys = read_json(folder / CONFIG_FILE)
+        if "architecture" in keys:
+            return folder
+        if "architectures" in keys or "model_type" in keys:
+            raise CheckpointError(
+                f"--checkpoint_dir {path} is a Hugging Face checkpoint; pass it as --model_dir"
+            )
+    raise CheckpointError(
+        f"--checkpoint_dir {path} is no checkpoint of TensorRT-LLM's ({CONFIG_FILE} with its "
+        "'architecture', and rank0.safetensors); correct the path"
+    )
 
 
 def _find_directory(flag: str, path: str) -> Path:
@@ -153,7 +190,8 @@ def _find_directory(flag: str, path: str) -> Path:
 
 
 def _refuse_other(folder: Path) -> None:
-    if (folder / CONFIG_FILE).exists():
+    is_unified = (folder / UNIFIED_FILE).exists()
+    if (folder / CONFIG_FILE).exists() and not is_unified:
         return
     for pattern, meaning in OTHER_DIRECTORIES:
         if any(folder.glob(pattern)):

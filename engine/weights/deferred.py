@@ -28,7 +28,8 @@ class Deferred:
 
         def read(rows: Span) -> Iterator[LinearWeights]:
             weights = load().narrow_outputs(rows)
-            step = max(1, BLOCK_BYTES // max(1, weights.inputs))
+            # An even number, so that formats with two outputs a byte can pack a block.
+            step = 2 * max(1, BLOCK_BYTES // (2 * max(1, weights.inputs)))
             for start in range(0, rows.size, step):
                 yield weights.narrow_outputs(Span(start, min(start + step, rows.size)))
 

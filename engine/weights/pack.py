@@ -61,7 +61,7 @@ def pack_dense(parts: Parts, dtype: torch.dtype) -> list[Packed]:
 
 def pack_int8(parts: Parts, dtype: torch.dtype) -> list[Packed]:
     """codes int8 [N, K], scale fp32 [N]."""
-    return _pack_rows(parts, lambda w: Arrays({"codes": w.codes_NK, "scale": w.scale_N}))
+    return pack_rows(parts, lambda w: Arrays({"codes": w.codes_NK, "scale": w.scale_N}))
 
 
 def pack_int4(parts: Parts, dtype: torch.dtype) -> list[Packed]:
@@ -71,7 +71,7 @@ def pack_int4(parts: Parts, dtype: torch.dtype) -> list[Packed]:
     def arrange(w: Int4) -> Arrays:
         return Arrays({"codes": pack_nibbles(w.codes_NK, NIBBLE_BLOCK), "scale": w.scale_N})
 
-    return _pack_rows(parts, arrange)
+    return pack_rows(parts, arrange)
 
 
 def pack_int4_groups(parts: Parts, dtype: torch.dtype) -> list[Packed]:
@@ -94,7 +94,7 @@ def pack_int4_groups(parts: Parts, dtype: torch.dtype) -> list[Packed]:
             rows["zero"] = eights_NR if w.zero_NR is None else w.zero_NR
         return Arrays(rows, _given(pre_scale=w.pre_scale_K))
 
-    return _pack_rows(parts, arrange)
+    return pack_rows(parts, arrange)
 
 
 def pack_int8_activations(parts: Parts, dtype: torch.dtype) -> list[Packed]:
@@ -105,7 +105,7 @@ def pack_int8_activations(parts: Parts, dtype: torch.dtype) -> list[Packed]:
         shared = _given(input_scale=w.input_scale, smoother=w.smoother_K)
         return Arrays({"codes": w.codes_NK, "scale": w.scale_N}, shared)
 
-    return _pack_rows(parts, arrange)
+    return pack_rows(parts, arrange)
 
 
 def pack_fp8(parts: Parts, dtype: torch.dtype) -> list[Packed]:
@@ -115,7 +115,7 @@ def pack_fp8(parts: Parts, dtype: torch.dtype) -> list[Packed]:
         rows = {"codes": w.codes_NK, "scale": w.scale_N}
         return Arrays(rows, _given(input_scale=w.input_scale))
 
-    return _pack_rows(parts, arrange)
+    return pack_rows(parts, arrange)
 
 
 # A pack gets the parts of one rank, to be joined along outputs, and the engine's dtype.
@@ -196,12 +196,18 @@ class _Pass:
             self._waiting = waiting
 
 
-def _pack_rows(parts: Parts, arrange: Callable[[Any], Arrays]) -> list[Packed]:
-    """The arrays that `arrange` makes of blocks of rows; it runs on a sketch for their shapes."""
+def pack_rows(parts: Parts, arrange: Callable[[Any], Arrays]) -> list[Packed]:
+    """The arrays that `arrange` makes of blocks of rows; it runs on a sketch for their shapes.
+
+    A row of an array holds one output or, packed, a whole number of them.
+    """
     deferred = [defer(part) for part in parts]
     first = arrange(deferred[0].sketch)
-    rows = sum(part.outputs for part in deferred)
-    shapes = {name: (rows, *array.shape[1:]) for name, array in first.rows.items()}
+    rows, sketched = sum(part.outputs for part in deferred), deferred[0].outputs
+    shapes = {
+        name: (rows * array.shape[0] // sketched, *array.shape[1:])
+        for name, array in first.rows.items()
+    }
     shapes |= {name: tuple(array.shape) for name, array in first.shared.items()}
     dtypes = {name: array.dtype for name, array in (first.rows | first.shared).items()}
     once = _Pass(deferred, arrange)

@@ -87,7 +87,7 @@ TENSORRT_FLAGS = {
     "weight_only_precision",
     "world_size",
 }
-OWN_FLAGS = {"backend", "help", "trust_remote_code"}
+OWN_FLAGS = {"backend", "checkpoint_dir", "export_checkpoint", "help", "trust_remote_code"}
 
 
 def declared() -> set[str]:
