@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -196,26 +197,32 @@ def remove_field(folder: Path, name: str) -> None:
     path.write_text("".join(line for line in lines if not line.startswith(f"{name} =")))
 
 
-def test_missing_theta_is_said(tmp_path, caplog, monkeypatch):
-    folder = write(tmp_path, Shape())
+@pytest.fixture
+def messages(caplog, monkeypatch) -> Callable[[], list[str]]:
+    """What is logged, whatever a script that ran before set up."""
     monkeypatch.setattr(logging.getLogger("yi"), "propagate", True)
+    caplog.set_level(logging.WARNING, "yi")
+    return lambda: caplog.messages
+
+
+def test_missing_theta_is_said(tmp_path, messages):
+    folder = write(tmp_path, Shape())
     with open_ft(folder, quant=FULL):
-        assert caplog.messages == []
+        assert messages() == []
     remove_field(folder, "rope_theta")
     with open_ft(folder, quant=FULL) as checkpoint:
         assert checkpoint.config.rope.theta == 10000
-    [message] = caplog.messages
+    [message] = messages()
     assert f"{folder / 'config.ini'}: has no rope_theta; Llama's default 10000 is used" in message
 
 
-def test_theta_among_the_rope_parameters(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("yi"), "propagate", True)
+def test_theta_among_the_rope_parameters(tmp_path, messages):
     values = {"rope_type": "default", "rope_theta": 7e6}
     folder = write(tmp_path, Shape(), rope_parameters=values)
     remove_field(folder, "rope_theta")
     with open_ft(folder, quant=FULL) as checkpoint:
         assert checkpoint.config.rope.theta == 7e6
-    assert caplog.messages == []
+    assert messages() == []
 
 
 def test_ranks_are_counted_where_the_file_does_not_say(tmp_path):
