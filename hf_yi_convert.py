@@ -68,7 +68,8 @@ def _add_modes(parser: Parser) -> None:
         "--calibrate-kv-cache",
         "-kv",
         action="store_true",
-        help="scales of an INT8 KV cache, for keys and values of every head",
+        help="scales of an INT8 KV cache for keys and values of every head; --smoothquant makes "
+        "them, too",
     )
     group.add_argument(
         "--smoothquant",

@@ -18,13 +18,14 @@ from engine.checkpoint.linear_layers import linear_shapes
 from engine.checkpoint.meta import PARAMS_FILE
 from engine.checkpoint.open import open_checkpoint
 from engine.config import ModelConfig
+from engine.engine_file import EngineWriter
 from engine.errors import UserError
 from engine.mapping import Mapping as Ranks
 from utils import log
 from utils.build_plan import TOKENIZER_FILES
 from utils.calibration import calibrate
 from utils.datasets import calibration_texts
-from utils.ft_directory import FtWriter, make_fields
+from utils.ft_directory import OUT_FLAG, choose_target, commit, make_fields
 from utils.ft_export import Export, write_layer, write_tables
 from utils.hub import resolve_model_dir
 from utils.tokenizer import load_tokenizer
@@ -67,13 +68,15 @@ def _convert(checkpoint: Checkpoint, folder: Path, flags: Mapping[str, Any]) -> 
     samples = _read_samples(folder, config, flags)
     raw = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     companions = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    with FtWriter(Path(flags["out_dir"]), tp) as writer:
+    out_dir = Path(flags["out_dir"])
+    target = choose_target(out_dir, tp)
+    with EngineWriter(out_dir, OUT_FLAG) as writer:
         dtype = STORAGE_TYPES[flags["storage_type"]]
         export = Export(writer.staging, config, dtype, tp, flags["smoothquant"])
         writer.require_space(_count_bytes(export))
         _write(checkpoint, samples, export, flags)
-        writer.commit(make_fields(flags, raw, config), companions)
-    return writer.target
+        commit(writer.staging, target, make_fields(flags, raw, config), companions)
+    return target
 
 
 def _write(

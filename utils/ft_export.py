@@ -40,6 +40,7 @@ from engine.weights import numerics
 from engine.weights.quantize import Smoothed, smooth, smooth_norm, smooth_weight
 from engine.weights.types import BLOCK_BYTES, Lazy
 from utils.calibration import CalibratedLayer
+from utils.ft_directory import OUT_FLAG
 
 # The layers that share an input, and the norm before them that takes over its smoother.
 SMOOTHED = (
@@ -251,4 +252,4 @@ def _write_blocks(path: Path, blocks: Iterator[Tensor] | Sequence[Tensor]) -> No
             for block in blocks:
                 file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy())
     except OSError as error:
-        raise write_error(path, error, "--out-dir") from None
+        raise write_error(path, error, OUT_FLAG) from None

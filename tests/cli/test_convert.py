@@ -30,7 +30,7 @@ from engine.record import EngineRecord
 from tests.cli import build_runner
 from tests.cli.build_runner import Finished, contents
 from tests.conftest import ROOT
-from utils import ft_directory, ft_export
+from utils import ft_export
 from utils.cli import run_main
 
 TINY_YI = ROOT / "models/tiny-yi"
@@ -243,6 +243,17 @@ def test_meta_format(checkpoint, smoothed, tmp_path):
     assert torch.equal(found, shard["layers.0.feed_forward.w3.weight"])
 
 
+def test_tied_embeddings(tmp_path, write_hf):
+    folder = tmp_path / "tied"
+    tensors = write_hf(folder, vocab_size=4096, num_hidden_layers=1, tie_word_embeddings=True)
+    shutil.copyfile(TINY_YI / "tokenizer.model", folder / "tokenizer.model")
+    with open_ft(converted(tmp_path / "out", "-i", folder, "-kv"), quant=QuantConfig()) as source:
+        source.check()
+        assert source.config.tie_word_embeddings
+        head = source.tensors["lm_head.weight"].read()
+    assert torch.equal(head, tensors["model.embed_tokens.weight"])
+
+
 def quantised(folder: Path) -> None:
     """Int8 weights of compressed-tensors instead of the floating ones."""
     shutil.rmtree(folder)
@@ -336,6 +347,27 @@ def test_one_sentence_and_nothing_written(checkpoint, tmp_path, change, flags, m
     assert not output.exists()
 
 
+def test_default_texts_out_of_reach(checkpoint, tmp_path):
+    flags = ("-kv", "--dataset-cache-dir", tmp_path / "cache", "--log_level", "error")
+    result = run_here("-i", checkpoint, "-o", tmp_path / "out", *flags)
+    assert result.status == 2
+    [line] = result.stderr.splitlines()
+    assert f"is not in the cache {tmp_path / 'cache'}" in line
+    assert "name local data with --calib_dataset" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_stays_on_the_cpu_if_asked(checkpoint, tmp_path, monkeypatch):
+    """The tensors would be refused by a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = run_here(
+        "-i", checkpoint, "-o", tmp_path, "-kv", *FEW, "--load-model-on-cpu",
+        "--convert-model-on-cpu",
+    )  # fmt: skip
+    assert result.status == 0, result.stderr
+    assert "calibrating on cpu with 2 texts of 40 tokens in all" in result.stderr
+
+
 def test_required_flags():
     result = run_here("-kv")
     assert result.status == 2
@@ -406,10 +438,10 @@ def test_failure_at_the_very_end_keeps_the_earlier_one(checkpoint, tmp_path, mon
 
 def test_too_little_space_is_refused_at_the_start(checkpoint, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(ft_directory.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     result = run_here("-i", checkpoint, "-o", tmp_path / "out", "-kv", *FEW)
     assert result.status == 2
-    assert "has 0.00 GB free and the conversion needs" in result.stderr
+    assert "has 0.00 GB free and " in result.stderr
     assert not (tmp_path / "out").exists()
 
 
