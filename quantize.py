@@ -4,7 +4,7 @@
 fp8 writes scaling factors (.npz), int4_awq and int4_gptq weights (.pt, .safetensors); int8_sq,
 int8_wo and int4_wo write a checkpoint directory, the last two without any calibration. All but
 int4_gptq run NVIDIA ModelOpt and hold the whole model in memory, 2 bytes a weight in bfloat16 and
-up to 70 % more while a directory is written (Yi-6B: 14 to 21 GB); int4_gptq holds one layer.
+up to 50 % more while a directory is written (Yi-6B: 13 to 18 GB); int4_gptq holds one layer.
 """
 
 from __future__ import annotations

@@ -49,14 +49,11 @@ LINEARS = {
 BLOCK = "model.layers.0."
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("quantize") / "model"
+def write_model(folder: Path, **shape: int) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=192, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=4096, num_hidden_layers=LAYERS, max_position_embeddings=128, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, **shape,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -67,6 +64,15 @@ def model_dir(tmp_path_factory) -> Path:
         shutil.copyfile(TINY_YI / name, folder / name)
     (folder / "texts.txt").write_text(TEXT)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return write_model(
+        tmp_path_factory.mktemp("quantize") / "model",
+        hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +248,24 @@ def test_checkpoint_directories(tmp_path, model_dir, qformat, quant, error):
             weight_NK = dequantise(checkpoint.linear(BLOCK + name))
             assert relative_error(weight_NK, original[f"{BLOCK}{name}.weight"]) < error
     assert build_as_told(done, tmp_path / "engine")["algorithm"] == quant.algorithm.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "heads, kv_heads, width", [(32, 4, 128), (56, 8, 896)], ids=["Yi-6B", "Yi-34B"]
+)
+def test_the_heads_of_yi(tmp_path, heads, kv_heads, width):
+    """Grouped queries of its real numbers, 128 wide, on a narrow network."""
+    model_dir = write_model(
+        tmp_path / "model",
+        hidden_size=width, intermediate_size=256, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=128,
+    )  # fmt: skip
+    # The Hessian of Yi-34B's 7168 inputs alone takes longer than all else here.
+    qformats = ["fp8", "int4_awq", "int8_sq", "int8_wo", "int4_wo"]
+    for qformat in [*qformats, "int4_gptq"] if heads == 32 else qformats:
+        done = quantise(model_dir, "--qformat", qformat, "--export_path", tmp_path / qformat)
+        build_as_told(done, tmp_path / f"engine_{qformat}")
 
 
 def test_int8_codes_by_hand(tmp_path, model_dir):

@@ -29,6 +29,13 @@ def check(checkpoint: Checkpoint, plan: QuantisePlan) -> None:
             f"--model_dir {plan.model_name} is quantised already ({checkpoint.quant}); name the "
             "full-precision checkpoint it was made from"
         )
+    config = checkpoint.config
+    if config.hidden_size % config.num_heads:
+        raise UserError(
+            f"--model_dir {plan.model_name} has the width {config.hidden_size} and "
+            f"{config.num_heads} heads, and transformers, which calibrates it, needs a multiple "
+            "of the heads; build it with --use_weight_only, which takes no calibration"
+        )
     if plan.group_size:
         _check_groups(checkpoint.config, plan)
     if plan.format.needs_modelopt:

@@ -39,8 +39,8 @@ class Format:
 FORMATS = {
     "fp8": Format(512, 1.1, 0, ".npz", "llama_tp1_rank0.npz"),
     "int4_awq": Format(32, 1.2, 16, ".pt", "llama_int4_awq.pt", is_grouped=True),
-    "int8_sq": Format(512, 1.7, 8),
-    "int8_wo": Format(0, 1.6, 8),
+    "int8_sq": Format(512, 1.5, 8),
+    "int8_wo": Format(0, 1.5, 8),
     "int4_wo": Format(0, 1.4, 5, is_grouped=True),
     "int4_gptq": Format(
         128, 0.0, 5, ".safetensors", "llama_int4_gptq.safetensors", is_grouped=True

@@ -68,6 +68,13 @@ def test_a_quantised_checkpoint(tmp_path, machine):
         check(tmp_path, "fp8", quant=QuantConfig(Algorithm.W8A16))
 
 
+def test_a_width_that_transformers_does_not_take(tmp_path, machine):
+    machine(1000)
+    config = ModelConfig(hidden_size=128, num_heads=56, num_kv_heads=8)
+    with pytest.raises(UserError, match="has the width 128 and 56 heads, .* needs a multiple of"):
+        check(tmp_path, "fp8", config=config)
+
+
 def test_groups(tmp_path, machine):
     machine(1000)
     narrow = ModelConfig(hidden_size=96, num_heads=3, num_kv_heads=1, head_dim=32)
