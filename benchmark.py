@@ -80,6 +80,12 @@ def _add_work_flags(parser: Parser) -> None:
         "(default: 128,128)",
     )
     group.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="N,IN,OUT",
+        help="batch size and lengths together, in place of these two flags",
+    )
+    group.add_argument(
         "--num_requests", type=positive_int, help="of throughput, all at once (default: 64)"
     )
     group.add_argument(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.config import ModelConfig
+from engine.errors import UserError
 from utils.benchmarking.workload import Workload
 
 PRESETS = {
@@ -52,6 +53,14 @@ class DummyEngine:
     quant: str = "none"
     kv: str = "none"
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        most = PRESETS[self.preset].num_layers
+        if self.layers is not None and self.layers > most:
+            raise UserError(
+                f"--layers {self.layers} exceeds the {most} layers of {self.preset}; a shape can "
+                "only be cut"
+            )
 
     @property
     def config(self) -> ModelConfig:

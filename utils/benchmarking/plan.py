@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from utils.benchmarking.dummy import PRESETS, DummyEngine
-from utils.benchmarking.workload import Workload, parse_lengths
+from utils.benchmarking.dummy import DummyEngine
+from utils.benchmarking.workload import Workload, parse_lengths, parse_workloads
 
 MODES = ("latency", "throughput", "limits", "kernels")
 # Flags that not every mode has a use for, with the modes that do; all are None unless given.
@@ -18,11 +18,18 @@ BELONGS = {
     "dummy": ("latency", "throughput"),
     "batch_size": ("latency", "throughput"),
     "input_output_len": ("latency", "throughput"),
+    "workload": ("latency", "throughput"),
     "repeats": ("latency", "throughput"),
     "json": ("latency", "throughput"),
     "num_requests": ("throughput",),
     "plot": ("latency", "limits"),
 }
+_ITS_OWN = "a workload has a batch size and lengths of its own"
+CLASHES = (
+    ("dummy", "engine_dir", "one engine is measured"),
+    ("workload", "batch_size", _ITS_OWN),
+    ("workload", "input_output_len", _ITS_OWN),
+)
 DUMMY_ONLY = ("layers", "quant", "kv", "dtype", "work_dir")
 DEFAULT_ENGINE_DIR = "engine_outputs"
 DEFAULT_LENGTHS = ("128,128",)
@@ -33,14 +40,15 @@ DEFAULT_REPEATS, DEFAULT_REQUESTS, DEFAULT_BATCH = 3, 64, 8
 class BenchmarkPlan:
     """What one call of benchmark.py is to do.
 
-    `batches` is empty where the engine's own limit counts. `json_file` is '' for the device's file
-    in benchmarks/results.
+    Workloads are `given`, or else every batch size with every pair of lengths; no batch size is the
+    engine's own limit. `json_file` is '' for the device's file in benchmarks/results.
     """
 
     mode: str
     engine_dir: str
     dummy: DummyEngine | None
     device: str | None
+    given: tuple[Workload, ...]
     batches: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
     repeats: int
@@ -50,9 +58,10 @@ class BenchmarkPlan:
     json_file: str | None
 
     def works(self, max_batch_size: int) -> tuple[Workload, ...]:
-        """Every batch size with every pair of lengths."""
         batches = self.batches or (max_batch_size,)
-        return tuple(Workload(batch, *pair) for batch in batches for pair in self.lengths)
+        return self.given or tuple(
+            Workload(batch, *pair) for batch in batches for pair in self.lengths
+        )
 
 
 def plan_benchmark(flags: Mapping[str, Any]) -> BenchmarkPlan:
@@ -69,6 +78,7 @@ def plan_benchmark(flags: Mapping[str, Any]) -> BenchmarkPlan:
         engine_dir=flags["engine_dir"] or DEFAULT_ENGINE_DIR,
         dummy=dummy,
         device=None if flags["device"] == "auto" else flags["device"],
+        given=parse_workloads(flags["workload"] or ()),
         batches=batches,
         lengths=parse_lengths(flags["input_output_len"] or DEFAULT_LENGTHS),
         repeats=flags["repeats"] or DEFAULT_REPEATS,
@@ -87,22 +97,15 @@ def _refuse(flags: Mapping[str, Any]) -> None:
                 f"--{name} has no meaning for '{mode}', it belongs to {' and '.join(modes)}; leave "
                 "it out"
             )
-    if flags["dummy"] is not None and flags["engine_dir"] is not None:
-        raise UserError(
-            "--dummy and --engine_dir cannot be combined: one engine is measured; leave one out"
-        )
+    for one, other, why in CLASHES:
+        if flags[one] is not None and flags[other] is not None:
+            raise UserError(f"--{one} and --{other} cannot be combined: {why}; leave one out")
     for name in DUMMY_ONLY:
         if flags[name] is not None and flags["dummy"] is None:
             raise UserError(
                 f"--{name} belongs to --dummy, which builds an engine; add that flag or leave this "
                 "one out"
             )
-    layers = flags["layers"]
-    if layers is not None and layers > PRESETS[flags["dummy"]].num_layers:
-        raise UserError(
-            f"--layers {layers} exceeds the {PRESETS[flags['dummy']].num_layers} layers of "
-            f"{flags['dummy']}; a shape can only be cut"
-        )
     work_dir = flags["work_dir"]
     if work_dir is not None and not Path(work_dir).is_dir():
         raise UserError(f"--work_dir {work_dir} is no directory; name one that is there")

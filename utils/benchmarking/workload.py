@@ -32,16 +32,23 @@ class Workload:
 
 def parse_lengths(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """(input, output) lengths of texts such as '128,2048'; UserError for any other."""
-    pairs = []
-    for text in texts:
-        numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
-        if len(numbers) != 2 or min(numbers) < 1:
-            raise UserError(
-                f"--input_output_len '{text}' is not two lengths of at least 1 token with a comma "
-                "between; write for example 128,2048"
-            )
-        pairs.append((numbers[0], numbers[1]))
-    return tuple(pairs)
+    rule = "two lengths of at least 1 token with a comma between; write for example 128,2048"
+    return tuple(_numbers(text, 2, f"--input_output_len '{text}' is not {rule}") for text in texts)
+
+
+def parse_workloads(texts: Sequence[str]) -> tuple[Workload, ...]:
+    """Of texts such as '64,128,128'; UserError for any other."""
+    rule = "a batch size and two lengths of at least 1; write for example 64,128,128"
+    return tuple(
+        Workload(*_numbers(text, 3, f"--workload '{text}' is not {rule}")) for text in texts
+    )
+
+
+def _numbers(text: str, count: int, message: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
+    if len(numbers) != count or min(numbers) < 1:
+        raise UserError(message)
+    return numbers
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
