@@ -35,15 +35,20 @@ class Comparison:
         self._plan, self._world, self._log_level = plan, world, log_level
         self._tokenizer: Tokenizer | None = None
         self._rouge: Rouge | None = None
+        if world.rank != 0:
+            world.rest()
         self.prepared: Prepared = on_root(world, self._prepare)
 
     def _prepare(self) -> Prepared:
-        # Rank 0 alone has a tokenizer and scores.
-        self._tokenizer, prepared = prepare(self._plan)
-        self._check_world(prepared)
-        if self._plan.has_references:
-            self._rouge = Rouge()
-        return prepared
+        """Rank 0 alone has a tokenizer and scores; the others rest meanwhile."""
+        try:
+            self._tokenizer, prepared = prepare(self._plan)
+            self._check_world(prepared)
+            if self._plan.has_references:
+                self._rouge = Rouge()
+            return prepared
+        finally:
+            self._world.rest()
 
     def _check_world(self, prepared: Prepared) -> None:
         """Several engines get jobs of their own; a single one needs its ranks here."""
