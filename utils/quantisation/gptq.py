@@ -50,6 +50,9 @@ class Rounded(NamedTuple):
         zero, scale = self.grid.zero_NR.unsqueeze(-1), self.grid.scale_NR.unsqueeze(-1)
         return ((codes_NRG - zero) * scale).flatten(1)
 
+    def cpu(self) -> Rounded:
+        return Rounded(self.codes_NK.cpu(), Grid(self.grid.scale_NR.cpu(), self.grid.zero_NR.cpu()))
+
 
 class Hessian:
     """Sum of x xᵀ over the inputs x of a layer, fp32 [K, K]."""

@@ -31,7 +31,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class LayerRounder:
-    """Rounds the matrices of one decoder layer in place and keeps their codes."""
+    """Rounds the matrices of one decoder layer in place and keeps their codes on the CPU."""
 
     def __init__(self, layer: LlamaDecoderLayer, rotaries: Sequence[Rotary], group_size: int):
         self._layer, self._rotaries, self._group_size = layer, rotaries, group_size
@@ -66,7 +66,7 @@ class LayerRounder:
         for name, linear in linears.items():
             rounded = round_matrix(linear.weight, hessian.sum_KK, self._group_size)
             linear.weight.data = rounded.weight_NK.to(linear.weight.dtype)
-            self.rounded[name] = rounded
+            self.rounded[name] = rounded.cpu()
 
 
 def attend(attention: LlamaAttention, x_BSE: Tensor, rotary: Rotary) -> Tensor:
