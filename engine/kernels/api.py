@@ -148,6 +148,20 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -
     select("write_kv", k_TGD.device)(k_TGD, v_TGD, layer, slots_T)
 
 
+def rope_write_kv(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    slots_T: Tensor,
+) -> Tensor:
+    """`rope`, of which q is returned, and `write_kv` of the rotated k and of v, in one pass."""
+    run = select("rope_write_kv", q_THD.device)
+    return run(q_THD, k_TGD, v_TGD, cos_TC, sin_TC, layer, slots_T)
+
+
 def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     """o [T, H, D] = softmax(scale · q kᵀ) v over the cached positions each token may see.
 

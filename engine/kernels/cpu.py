@@ -60,6 +60,20 @@ def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -
             layer.v[block, :, offset] = v_TGD[token]
 
 
+def rope_write_kv(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    slots_T: Tensor,
+) -> Tensor:
+    q_THD, k_TGD = reference.rope(q_THD, k_TGD, cos_TC, sin_TC)
+    write_kv(k_TGD, v_TGD, layer, slots_T)
+    return q_THD
+
+
 class _Past(NamedTuple):
     """What the tokens of one sequence may see: consecutive cached positions, the last their own."""
 

@@ -121,3 +121,17 @@ def _read(stored: Tensor, scale_G: Tensor | None, blocks: list[int], positions_S
     at = (blocks_M[positions_S // block_tokens], slice(None), positions_S % block_tokens)
     x_SGD = stored[at].float()
     return x_SGD if scale_G is None else x_SGD * scale_G[:, None]
+
+
+def rope_write_kv(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    slots_T: Tensor,
+) -> Tensor:
+    q_THD, k_TGD = rope(q_THD, k_TGD, cos_TC, sin_TC)
+    write_kv(k_TGD, v_TGD, layer, slots_T)
+    return q_THD

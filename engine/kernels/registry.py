@@ -92,7 +92,12 @@ QUANTISED_LINEARS = (
 FAMILIES = (
     Family("cpu", "engine.kernels.quantized_cpu", ("cpu",), QUANTISED_LINEARS),
     Family("reference", "engine.kernels.quantized_reference", ("cpu", "cuda"), QUANTISED_LINEARS),
-    Family("cpu", "engine.kernels.cpu", ("cpu",), ("linear", "write_kv", "attention")),
+    Family(
+        "cpu",
+        "engine.kernels.cpu",
+        ("cpu",),
+        ("linear", "write_kv", "rope_write_kv", "attention"),
+    ),
     Family(
         "reference",
         "engine.kernels.reference",
@@ -106,6 +111,7 @@ FAMILIES = (
             "embedding",
             "write_kv",
             "attention",
+            "rope_write_kv",
         ),
     ),
 )

@@ -34,8 +34,7 @@ class Attention:
         self, h_TE: Tensor, angles: tuple[Tensor, Tensor], layer: LayerCache, batch: Attending
     ) -> Tensor:
         qkv = split_heads(self._qkv(h_TE, norm=self._norm), self._shape)
-        q_THD, k_TGD = ops.rope(qkv.q_THD, qkv.k_TGD, *angles)
-        ops.write_kv(k_TGD, qkv.v_TGD, layer, batch.slots_T)
+        q_THD = ops.rope_write_kv(*qkv, *angles, layer, batch.slots_T)
         o_THD = ops.attention(q_THD, layer, batch)
         return self._out(o_THD.flatten(1), h_TE)
 

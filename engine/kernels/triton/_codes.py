@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.triton._launch import capability
+
 # Adding 1.5 * 2^23 to a small fp32 leaves no bits for fractions: the sum is rounded half to even.
 ROUNDER = tl.constexpr(12582912.0)
 # The bits of 2^23, whose mantissa counts ones; 128 more undo the offset of a shifted int8.
@@ -32,7 +34,7 @@ def stored(cache: Tensor) -> Tensor:
 
 def has_float8(device: torch.device) -> bool:
     """Whether the device converts float8_e4m3fn by instructions (Ada and later)."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type != "cuda" or capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -44,7 +46,9 @@ def decode(codes, dtype: tl.constexpr, FLOAT8: tl.constexpr):
         numbers = (bits.to(tl.float32, bitcast=True) - COUNTER_AND_OFFSET).to(dtype)
     elif codes.dtype == tl.uint8:
         if FLOAT8:
-            numbers = codes.to(tl.float8e4nv, bitcast=True).to(dtype)
+            # By way of fp32: fp16 to bf16 is a slow instruction, fp32 to either is not.
+            halves = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+            numbers = halves.to(tl.float32).to(dtype)
         else:
             wide = codes.to(tl.int32)
             bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)

@@ -22,7 +22,7 @@ from engine.kernels.api import Attending
 from engine.kernels.triton._codes import has_float8, stored
 from engine.kernels.triton._heads import scale_of
 from engine.kernels.triton._launch import launch_options, processors
-from engine.kernels.triton._tiles import LOG2_E, NO_WINDOW, attend_tile, load_tile, tile_rows
+from engine.kernels.triton._softmax import LOG2_E, NO_WINDOW, attend_tile, load_tile, tile_rows
 
 # Rows of the smallest matrix product of the tensor cores.
 MIN_ROWS = 16
@@ -39,37 +39,35 @@ JOINED = 8
 
 @triton.jit
 def _join(
-    out, partial, tops, parts, d_mask,
+    out, partial, tops, parts,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr, JOINED: tl.constexpr,
+    JOINED: tl.constexpr,
 ):  # fmt: skip
-    """out [GROUP, D] = Σ partial[p] · 2^tops[p] / Σ 2^tops[p], over the first `parts` parts."""
-    head = tl.arange(0, HEADS)
-    channel = tl.arange(0, BLOCK_D)
-    every = tl.arange(0, PARTS)
-    at = every[:, None] * GROUP + head[None, :]
-    is_part = (every < parts)[:, None] & (head < GROUP)[None, :]
-    # Other multiprocessors wrote what is read here: past the first-level cache.
-    heights = tl.load(tops + at, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-    top = tl.max(heights, axis=0)  # [HEADS]
-    top = tl.where(head < GROUP, top, 0.0)
-    total = tl.sum(tl.exp2(heights - top[None, :]), axis=0)
+    """out [GROUP, D] = Σ partial[p] · 2^tops[p] / Σ 2^tops[p], JOINED parts at a time."""
+    head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
+    is_head, is_channel = head < GROUP, channel < D
     joined = tl.zeros([HEADS, BLOCK_D], tl.float32)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     for first in range(0, parts, JOINED):
-        some = first + tl.arange(0, JOINED)
-        at = some[:, None] * GROUP + head[None, :]
-        is_part = (some < parts)[:, None] & (head < GROUP)[None, :]
-        height = tl.load(tops + at, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(height - top[None, :])  # [JOINED, HEADS]
-        mask = is_part[:, :, None] & d_mask[None, None, :]
-        part = tl.load(
-            partial + at[:, :, None] * D + channel[None, None, :],
-            mask=mask, other=0.0, cache_modifier=".cg",
+        part = first + tl.arange(0, JOINED)
+        row = part[:, None] * GROUP + head[None, :]
+        is_part = (part < parts)[:, None] & is_head[None, :]
+        # Other multiprocessors wrote what is read here: past the first-level cache.
+        heights = tl.load(tops + row, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        outputs = tl.load(
+            partial + row[:, :, None] * D + channel[None, None, :],
+            mask=is_part[:, :, None] & is_channel[None, None, :],
+            other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        joined += tl.sum(part * weight[:, :, None], axis=0)
-    total = tl.where(head < GROUP, total, 1.0)
-    result = (joined / total[:, None]).to(out.dtype.element_ty)
-    mask = (head < GROUP)[:, None] & d_mask[None, :]
+        new_top = tl.where(is_head, tl.maximum(top, tl.max(heights, axis=0)), 0.0)
+        weights = tl.exp2(heights - new_top[None, :])  # [JOINED, HEADS]
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(weights, axis=0)
+        joined = joined * decay[:, None] + tl.sum(outputs * weights[:, :, None], axis=0)
+        top = new_top
+    result = (joined / tl.where(is_head, total, 1.0)[:, None]).to(out.dtype.element_ty)
+    mask = is_head[:, None] & is_channel[None, :]
     tl.store(out + head[:, None] * D + channel[None, :], result, mask=mask)
 
 
@@ -79,7 +77,7 @@ def _decode(
     score_scale, window, part_positions,
     q_stride, head_stride, block_stride, table_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
     JOINED: tl.constexpr, FLOAT8: tl.constexpr, KV_HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -122,18 +120,16 @@ def _decode(
         if parts == 1:
             tl.store(out + at, output.to(dtype), mask=mask)
         else:
-            partial += pair.to(tl.int64) * (PARTS * GROUP * D)
-            tops += pair * (PARTS * GROUP)
+            most = tl.num_programs(1)
+            partial += pair.to(tl.int64) * most * (GROUP * D)
+            tops += pair * most * GROUP
             tl.store(partial + part * (GROUP * D) + at, output, mask=mask)
             tl.store(tops + part * GROUP + row, top + tl.log2(total), mask=is_head)
             # All threads' stores come before the one thread's arrival, which releases them.
             tl.debug_barrier()
             if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == parts - 1:
                 tl.store(arrivals + pair, 0)
-                _join(
-                    out, partial, tops, parts, is_channel,
-                    GROUP, HEADS, D, BLOCK_D, PARTS, JOINED,
-                )  # fmt: skip
+                _join(out, partial, tops, parts, GROUP, HEADS, D, BLOCK_D, JOINED)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -176,7 +172,8 @@ def decode(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     (tokens, heads, dim), device = q_THD.shape, q_THD.device
     k, v = stored(layer.k), stored(layer.v)
     kv_heads, block_tokens = k.shape[1:3]
-    group, tile = heads // kv_heads, 32 if q_THD.dtype == torch.float32 else 64
+    is_wide = q_THD.dtype == torch.float32
+    group, tile = heads // kv_heads, 32 if is_wide else 64
     bound = max(batch.kv_lens)
     if batch.window is not None:
         # The first tile may begin before the window.
@@ -198,7 +195,7 @@ def decode(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
         ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
         D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BN=tile,
         PAGE=0 if batch.block_table_BM.shape[1] == 1 else block_tokens,
-        PARTS=split.parts, JOINED=JOINED, FLOAT8=has_float8(device), KV_HEADS=kv_heads,
-        num_warps=4, num_stages=3, **launch_options(device),
+        JOINED=JOINED, FLOAT8=has_float8(device), KV_HEADS=kv_heads,
+        num_warps=4, num_stages=1 if is_wide else 3, **launch_options(device),
     )  # fmt: skip
     return out_THD

@@ -73,8 +73,4 @@ def slot_offset(slot, head, block_tokens, block_stride, head_stride, D: tl.const
 @triton.jit
 def scale_of(scales, head):
     """The cache's scale of one head; 1 where the cache has none."""
-    if scales is None:
-        scale = 1.0
-    else:
-        scale = tl.load(scales + head)
-    return scale
+    return 1.0 if scales is None else tl.load(scales + head)

@@ -27,9 +27,14 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 
 @cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def has_pdl(device: torch.device) -> bool:
     """Programmatic dependent launch came with Hopper."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 @cache

@@ -1,0 +1,219 @@
+"""Triton's attention kernels: on the GPU, or in the interpreter, against fp64 arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.helpers import (
+    CODE_DTYPES,
+    DTYPES,
+    Scene,
+    Shape,
+    assert_close,
+    eager_attention,
+    make_scene,
+)
+from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
+
+prepare_interpreter()
+
+from engine.kernels.triton import _codes, _decode, attention  # noqa: E402
+from engine.kernels.triton._decode import MAX_SPLIT_PAIRS, plan_split  # noqa: E402
+
+# Groups of seven heads, as Yi-34B's, and of more than a tile's least rows; odd head sizes.
+SHAPES = pytest.mark.parametrize(
+    "shape", [Shape(7, 1, 16), Shape(8, 2, 32), Shape(20, 1, 24), Shape(2, 2, 64)], ids=str
+)
+WINDOWS = pytest.mark.parametrize("window", [None, 1, 70])
+LENGTHS = (1, 130, 64, 257)
+
+# Prompts, a chunk of a prompt, decoding rows, an idle one, and neighbours of one length.
+QUERY_LENS = (1, 7, 70, 1, 5, 0, 40, 40)
+KV_LENS = (1, 7, 70, 77, 140, 12, 40, 40)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN, its workspace included."""
+    empty = torch.empty
+
+    def filled(*shape: object, **options: object) -> Tensor:
+        return empty(*shape, **options).fill_(torch.nan)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def decoding(shape: Shape, *, block_tokens: int = 16, **options: object) -> Scene:
+    ones = (1,) * len(LENGTHS)
+    return make_scene(ones, LENGTHS, shape, block_tokens=block_tokens, device=DEVICE, **options)
+
+
+def mixed(shape: Shape, *, block_tokens: int = 16, **options: object) -> Scene:
+    return make_scene(
+        QUERY_LENS, KV_LENS, shape, block_tokens=block_tokens, device=DEVICE, **options
+    )
+
+
+def run(scene: Scene) -> Tensor:
+    return attention.attention(scene.q_THD, scene.layer, scene.batch)
+
+
+@DTYPES
+@SHAPES
+@WINDOWS
+def test_decoding(dtype: torch.dtype, shape: Shape, window: int | None) -> None:
+    scene = decoding(shape, dtype=dtype, window=window)
+    assert_close(run(scene), eager_attention(scene))
+    # Whoever joined the parts of a split left the counters as it found them.
+    assert not _decode._arrivals(scene.q_THD.device).any()
+
+
+@DTYPES
+@CODE_DTYPES
+@pytest.mark.parametrize("has_float8", [True, False])
+def test_decoding_with_codes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, codes: torch.dtype, has_float8: bool
+) -> None:
+    """Without float8 conversions, as on Ampere, codes become numbers by arithmetic on bits."""
+    if not has_float8:
+        monkeypatch.setattr(_decode, "has_float8", lambda device: False)
+    scene = decoding(Shape(7, 1, 16), dtype=dtype, codes=codes)
+    assert_close(run(scene), eager_attention(scene))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_blocks_do_not_change_bits(window: int | None) -> None:
+    for make in (decoding, mixed):
+        options = {"dtype": torch.bfloat16, "window": window}
+        paged = make(Shape(4, 1, 16), block_tokens=4, **options)
+        odd = make(Shape(4, 1, 16), block_tokens=300, **options)
+        # One column in the table is the contiguous cache.
+        column = replace(odd.batch, block_table_BM=odd.batch.block_table_BM[:, :1].contiguous())
+        outputs = [run(paged), run(odd), run(odd._replace(batch=column))]
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_one_launch_serves_every_length_up_to_its_bound(window: int | None) -> None:
+    """As a captured graph keeps it: bounds on the host, lengths and padding on the device."""
+    scene = decoding(Shape(7, 1, 16), dtype=torch.float16, window=window)
+    rows = len(LENGTHS) + 1
+    lens_B = torch.tensor([*LENGTHS, 0], dtype=torch.int32, device=DEVICE)
+    padding = torch.zeros_like(scene.batch.block_table_BM[:1])
+    bound = replace(
+        scene.batch,
+        query_lens=(1,) * rows,
+        kv_lens=(1000,) * rows,
+        kv_lens_B=lens_B,
+        block_table_BM=torch.cat([scene.batch.block_table_BM, padding]),
+        is_bound=True,
+    )
+    q_THD = torch.cat([scene.q_THD, scene.q_THD[:1]])
+    o_THD = attention.attention(q_THD, scene.layer, bound)
+    assert_close(o_THD[:-1], eager_attention(scene))
+    assert o_THD[-1].eq(0).all()
+
+
+def test_splits_fill_the_processors_and_leave_nothing_out() -> None:
+    for pairs in (1, 4, 8, 100, 256, 264, 512, 5000):
+        for bound in (0, 1, 64, 65, 1000, 4096, 200_000):
+            split = plan_split(pairs, bound, 64, 264)
+            assert split.positions % 64 == 0 and split.parts * split.positions >= bound
+            assert (split.parts - 1) * split.positions < max(bound, 1)
+            if pairs > MAX_SPLIT_PAIRS:
+                assert split.parts == 1
+    # Yi-6B and Yi-34B on 132 processors: one sequence of 1k is cut to single tiles, 64 are whole.
+    assert plan_split(4, 1024, 64, 264) == (16, 64)
+    assert plan_split(64 * 4, 1024, 64, 264).parts == 1
+    assert plan_split(64 * 8, 1024, 64, 264).parts == 1
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape, window",
+    [(Shape(7, 1, 16), None), (Shape(7, 1, 16), 70), (Shape(8, 2, 24), 1), (Shape(8, 2, 24), 9)],
+    ids=str,
+)
+def test_mixed_batches(dtype: torch.dtype, shape: Shape, window: int | None) -> None:
+    scene = mixed(shape, dtype=dtype, window=window)
+    assert_close(run(scene), eager_attention(scene))
+
+
+@DTYPES
+@CODE_DTYPES
+def test_mixed_batches_with_codes(dtype: torch.dtype, codes: torch.dtype) -> None:
+    scene = mixed(Shape(7, 1, 16), dtype=dtype, codes=codes)
+    assert_close(run(scene), eager_attention(scene))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_tokens", [16, 80])
+def test_whole_prompts_by_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_tokens: int
+) -> None:
+    """Long prompts go to PyTorch, neighbours of one length together; the rest stays."""
+    monkeypatch.setattr(attention, "WHOLE_FROM", 40)
+    calls = []
+    original = attention._whole_prompts
+
+    def record(*args: object) -> Tensor:
+        calls.append((args[3].count, args[3].length))
+        return original(*args)
+
+    monkeypatch.setattr(attention, "_whole_prompts", record)
+    scene = mixed(Shape(8, 2, 32), dtype=dtype, block_tokens=block_tokens)
+    assert_close(run(scene), eager_attention(scene))
+    assert calls == [(1, 70), (2, 40)]
+    calls.clear()
+    alone = make_scene(
+        (45, 45), (45, 45), Shape(8, 2, 32), block_tokens=block_tokens, dtype=dtype, device=DEVICE
+    )
+    assert_close(run(alone), eager_attention(alone))
+    assert calls == [(2, 45)]
+
+
+def test_neighbouring_blocks_are_not_copied() -> None:
+    stored = torch.zeros(6, 2, 8, 4, device=DEVICE)
+    view = attention._gather(stored, [[2, 0], [3, 0]], 7)
+    assert view.data_ptr() == stored[2].data_ptr() and view.shape == (2, 2, 7, 4)
+    copied = attention._gather(stored, [[3, 0], [2, 0]], 7)
+    assert copied.data_ptr() != stored[3].data_ptr() and copied.shape == (2, 2, 7, 4)
+
+
+def test_strided_queries() -> None:
+    """q as a view of the fused projection."""
+    for scene in (decoding(Shape(4, 2, 16)), mixed(Shape(4, 2, 16))):
+        fused = torch.cat([scene.q_THD, scene.q_THD], dim=1)
+        view = fused[:, : scene.q_THD.shape[1]]
+        assert_close(run(scene._replace(q_THD=view)), eager_attention(scene))
+
+
+def test_every_code_becomes_its_value() -> None:
+    """Through a product with one: attention over a single position returns its value."""
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        bits = torch.arange(256, dtype=torch.uint8)
+        table = bits.view(codes)[None].float()
+        stored = bits.view(codes).view(1, 1, 1, 256).to(DEVICE)
+        scene = make_scene((1,), (1,), Shape(1, 1, 256), block_tokens=1, device=DEVICE)
+        batch = replace(
+            scene.batch, block_table_BM=torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+        )
+        usable = table.isfinite()[0]
+        zero = torch.zeros_like(stored)
+        one = torch.ones(1, device=DEVICE)
+        layer = scene.layer._replace(k=zero, v=stored, k_scale_G=one, v_scale_G=one)
+        o_THD = attention.attention(scene.q_THD, layer, batch)
+        assert torch.equal(o_THD.cpu().view(-1)[usable], table[0][usable])
+        assert _codes.stored(stored).dtype in (torch.int8, torch.uint8)
+
+
+def test_kernels_compile_without_spills() -> None:
+    """For Hopper and for the GPUs with the least shared memory; all by `triton_compile`."""
+    lines = run_compiled(
+        "tests.kernels.triton_compile", "tests.kernels.attention_cases", "90", "120", "--first=4"
+    ).splitlines()
+    assert len(lines) == 6 and all(" 0 bytes spilled" in line for line in lines), lines
