@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peering.task import Absent, Task
+from engine.comm import World
 from engine.config import ModelConfig
+from engine.threads import share_threads
 from utils.benchmarking.workload import random_prompts
 
 # Random weights are within this of 0.
@@ -30,6 +32,7 @@ class Transformers:
             import transformers
         except ImportError:
             raise Absent("transformers is not installed") from None
+        share_threads(World())
         work, config = task.work, task.dummy.config
         dtype = getattr(torch, task.dummy.dtype)
         self._device = torch.device(task.device)

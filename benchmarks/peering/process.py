@@ -17,8 +17,6 @@ from importlib import import_module
 from typing import IO, Any
 
 from benchmarks.peering.task import Absent, Side, Task
-from engine.comm import World
-from engine.threads import share_threads
 
 # Name → module and what opens the side.
 SIDES = {
@@ -100,7 +98,6 @@ def main(name: str, task: str) -> None:
     def answer(value: dict) -> None:
         pipe.write(json.dumps(value) + "\n")
 
-    share_threads(World())
     module, opener = SIDES[name]
     try:
         side = getattr(import_module(module), opener)(Task.from_json(task))

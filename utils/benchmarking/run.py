@@ -31,8 +31,8 @@ from utils.benchmarking.traffic import Traffic, rank_traffic
 from utils.benchmarking.workload import Workload
 from utils.evaluation.memory import PeakMemory
 
-# A prompt that is answered right after loading.
-FIRST_PROMPT = [list(range(16))]
+# Tokens of the prompt that is answered right after loading, or fewer if the engine takes fewer.
+FIRST_PROMPT = 16
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def open_run(engine_dir: str, world: World, device: Device) -> Iterator[EngineRu
         start = time.perf_counter()
         session = open_engine(engine_dir, world, device=device.torch_device.type)
         loaded = time.perf_counter()
-        generate_all(session, FIRST_PROMPT, 1)
+        generate_all(session, [[0] * min(FIRST_PROMPT, session.info.limits.max_input_len)], 1)
         answered = time.perf_counter()
         yield EngineRun(
             session=session,
