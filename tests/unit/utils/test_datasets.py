@@ -148,6 +148,21 @@ def test_unreachable_hub_is_asked_one_short_question(error, monkeypatch):
     assert len(asked) == 1 and asked[0] <= 10
 
 
+def test_reachable_hub_fills_the_cache(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(*names, **options):
+        asked.append((names, options))
+        return iter(ROWS)
+
+    monkeypatch.setattr(env, "hub_offline", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr("datasets.load_dataset", fetch)
+    rows = load_rows(None, split="test", columns=COLUMNS, limit=2, cache_dir=str(tmp_path))
+    assert rows == WANTED[:2]
+    assert asked == [((HUB_NAME, "3.0.0"), {"split": "test", "cache_dir": str(tmp_path)})]
+
+
 REFUSALS = {
     "missing": (lambda folder: folder / "none.jsonl", "does not exist; name a file, a folder"),
     "kind": (lambda folder: written(folder / "a.csv", "a,b"), "is of no known kind; use .parquet"),
