@@ -228,7 +228,7 @@ def test_gptq_file(tmp_path, model_dir):
 @pytest.mark.parametrize(
     "qformat, quant, error",
     [
-        ("int8_sq", QuantConfig(Algorithm.W8A8_SQ, per_channel=True), 0.05),
+        ("int8_sq", QuantConfig(Algorithm.W8A8_SQ, per_channel=True), 0.03),
         ("int8_wo", QuantConfig(Algorithm.W8A16), 0.01),
         ("int4_wo", QuantConfig(Algorithm.W4A16_AWQ, group_size=GROUP), 0.15),
     ],
@@ -248,6 +248,24 @@ def test_checkpoint_directories(tmp_path, model_dir, qformat, quant, error):
             weight_NK = dequantise(checkpoint.linear(BLOCK + name))
             assert relative_error(weight_NK, original[f"{BLOCK}{name}.weight"]) < error
     assert build_as_told(done, tmp_path / "engine")["algorithm"] == quant.algorithm.value
+
+
+def test_smoothquant_by_hand(tmp_path, model_dir, tokens):
+    """The input's largest magnitude, after smoothing, over 127; xmax^0.8 / wmax^0.2 smooths."""
+    quantise(model_dir, "--qformat", "int8_sq", "--export_path", tmp_path / "made")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    linear, seen = model.get_submodule(BLOCK + "self_attn.o_proj"), []
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    with torch.inference_mode():
+        for ids in tokens:
+            model(torch.tensor([ids]))
+    xmax_K = torch.cat(seen).abs().amax(0)
+    smoother_K = xmax_K**0.8 / linear.weight.abs().amax(0) ** 0.2
+    with open_hf(tmp_path / "made") as checkpoint:
+        found = checkpoint.linear(BLOCK + "self_attn.o_proj")
+    torch.testing.assert_close(found.smoother_K, smoother_K.detach(), rtol=1e-3, atol=0)
+    largest = (xmax_K / smoother_K).max().item()
+    assert found.input_scale == pytest.approx(largest / 127, rel=1e-3)
 
 
 @pytest.mark.slow

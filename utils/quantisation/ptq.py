@@ -30,6 +30,9 @@ RECIPES = {
     "int8_wo": "INT8_WEIGHT_ONLY_CFG",
     "int4_wo": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
+# Where another algorithm than the recipe's is taken. ModelOpt smooths with alpha 1; 0.8 is usual
+# for Llama-like models, and on the bundled model it more than halves the loss of perplexity.
+ALGORITHMS = {"int8_sq": {"method": "smoothquant", "alpha": 0.8}}
 # Part of a state dict's names -> what AWQ found there.
 AWQ_SCALES = (".weight_quantizer._amax", ".input_quantizer._pre_quant_scale")
 
@@ -55,6 +58,7 @@ def quantise_model(
 
 def _recipe(mtq: Any, qformat: str, group_size: int) -> dict[str, Any]:
     recipe = copy.deepcopy(getattr(mtq, RECIPES[qformat]))
+    recipe["algorithm"] = ALGORITHMS.get(qformat, recipe["algorithm"])
     if qformat == "fp8":
         recipe["quant_cfg"] += mtq.FP8_KV_CFG["quant_cfg"]
     if group_size:
