@@ -53,11 +53,11 @@ class Step:
     is_whole: bool = False
     seconds: float = 90.0
 
-    def command(self, *, layers: int, work_dir: str, results: Path) -> list[str]:
+    def command(self, *, layers: int, device: str, work_dir: str, results: Path) -> list[str]:
         if self.preset is None:
-            return ["benchmark.py", "limits"]
+            return ["benchmark.py", "limits", "--device", device]
         cut = [] if self.is_whole else ["--layers", str(layers)]
-        own = ["--quant", self.quant, "--device", "cuda", "--work_dir", work_dir, *cut]
+        own = ["--quant", self.quant, "--device", device, "--work_dir", work_dir, *cut]
         own += ["--json", str(results)]
         if not self.peers:
             return [
@@ -113,11 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=positive_float, default=6.0)
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--layers", type=positive_int, default=8, help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: rehearse")
     parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS])
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
     steps = [step for step in STEPS if args.steps is None or step.name in args.steps]
-    session = GpuSession(Path(args.out), args.layers, choose_work_dir())
+    session = GpuSession(Path(args.out), args.layers, args.device, choose_work_dir())
     for done in session.run(steps, end):
         print(f"{done.status:8} {done.seconds:6.1f} s  {done.name}", flush=True)
     print(session.markdown())
@@ -127,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
 class GpuSession:
     """Steps one after the other, and what they have found so far."""
 
-    def __init__(self, out: Path, layers: int, work_dir: str):
-        self._out, self._layers, self._work_dir = out, layers, work_dir
+    def __init__(self, out: Path, layers: int, device: str, work_dir: str):
+        self._out, self._work_dir = out, work_dir
+        self._layers, self._device = layers, device
         self._results = out.resolve() / "results.json"
         self._done: list[Done] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,9 @@ class GpuSession:
     def _run_step(self, step: Step, seconds: float) -> Done:
         # A folder of its own, since a step that is killed leaves its engine behind.
         with tempfile.TemporaryDirectory(prefix="yi-step-", dir=self._work_dir) as own:
-            flags = step.command(layers=self._layers, work_dir=own, results=self._results)
+            flags = step.command(
+                layers=self._layers, device=self._device, work_dir=own, results=self._results
+            )
             return self._run_command(step.name, flags, seconds)
 
     def _run_command(self, name: str, flags: Sequence[str], seconds: float) -> Done:

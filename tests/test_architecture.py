@@ -236,7 +236,8 @@ def test_every_storey_is_inhabited():
 
 
 @pytest.mark.parametrize(
-    "script", ["build.py", "run.py", "summarize.py", "hf_yi_convert.py", "quantize.py"]
+    "script",
+    ["build.py", "run.py", "summarize.py", "hf_yi_convert.py", "quantize.py", "benchmark.py"],
 )
 def test_help_is_quick(script):
     """--help imports neither torch nor transformers, which take seconds."""

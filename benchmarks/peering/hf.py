@@ -48,7 +48,7 @@ class Transformers:
         if self._device.type == "cuda":
             self._compile(transformers, work.input_len + work.output_len)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def seconds(self, new_tokens: int) -> float:
         start = time.perf_counter()
         self._generate(new_tokens).cpu()

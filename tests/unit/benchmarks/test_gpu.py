@@ -16,7 +16,8 @@ from utils.benchmarking.plan import plan_benchmark
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_every_command_is_understood(step, tmp_path):
-    command = step.command(layers=8, work_dir=str(tmp_path), results=tmp_path / "results.json")
+    results = tmp_path / "results.json"
+    command = step.command(layers=8, device="cuda", work_dir=str(tmp_path), results=results)
     if command[0] == "-m":
         assert command[:2] == ["-m", "benchmarks.peers"]
         args = peers.make_parser().parse_args(command[2:])
@@ -41,7 +42,7 @@ class Scripted(GpuSession):
 
 
 def run(tmp_path: Path, programs: dict[str, str], *steps: Step, seconds: float = 100.0):
-    session = Scripted(tmp_path, 8, str(tmp_path))
+    session = Scripted(tmp_path, 8, "cpu", str(tmp_path))
     session.programs = programs
     done = list(session.run(steps, time.monotonic() + seconds))
     return session, done
