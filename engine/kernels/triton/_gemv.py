@@ -1,0 +1,222 @@
+"""y = product of one token with all rows of a matrix, with what a block does around it.
+
+A program owns BN rows and all of K, so no sums meet in memory; BN is so small (2…16) that even
+4096 rows give every multiprocessor several programs. A row is read in chunks of 16 bytes, one a
+lane; a chunk's products are added in its lane, so that sums take few registers. The next tile is
+loaded before the present one is used, and the first before the wait for the previous kernel.
+
+RMSNorm: the sum of w · (x · g) is scaled by 1 / rms(x), found beside it. Nothing is rounded but
+the result, so it differs from norm, product and activation in a row by their roundings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.triton._codes import decode
+from engine.kernels.triton._launch import launch_options
+from engine.kernels.triton._tactics import Config
+from engine.kernels.triton._weights import Weights, sixteen_plus
+
+CHUNK_BYTES = 16
+NIBBLE_ZERO = tl.constexpr(8)
+
+
+@triton.jit
+def _load_chunks(codes, row, inside, chunk, width, VEC: tl.constexpr):
+    """Chunks `chunk` [C] of VEC codes of rows [BN] (int64), 0 outside: [C, BN, VEC].
+
+    The compiler spreads the first of two such dimensions over lanes and warps: a lane has a chunk
+    of every row, and its part of x once.
+    """
+    column = chunk[:, None, None] * VEC + tl.arange(0, VEC)[None, None, :]
+    mask = inside[None, :, None] & (column < width)
+    at = row[None, :, None] * width + column
+    return tl.load(codes + at, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_input(x, norm, column, inputs):
+    """x · norm fp32, and x² for the norm."""
+    value = tl.load(x + column, mask=column < inputs, other=0.0).to(tl.float32)
+    square = value * value
+    if norm is not None:
+        value *= tl.load(norm + column, mask=column < inputs, other=0.0).to(tl.float32)
+    return value, square
+
+
+@triton.jit
+def _finish_row(
+    y, gate, up, scale, squares, residual, row, inside, outputs, inputs, eps,
+    HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Scale sums fp32 [BN], gate them, add the residual, and store."""
+    if HAS_SCALE:
+        gate *= tl.load(scale + row, mask=inside, other=0.0)
+        if GATED:
+            up *= tl.load(scale + outputs + row, mask=inside, other=0.0)
+    if HAS_NORM:
+        rms = tl.rsqrt(tl.sum(squares, axis=0) / inputs + eps)
+        gate *= rms
+        up *= rms
+    if GATED:
+        gate = gate * tl.sigmoid(gate) * up
+    if residual is not None:
+        gate += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row, gate.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gemv(
+    y, x, codes, scale, norm, residual, outputs, inputs, eps,
+    GATED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    C: tl.constexpr = BK // VEC
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = row < outputs
+    lane = tl.arange(0, C)
+    tile = _load_chunks(codes, row, inside, lane, inputs, VEC)  # [C, BN, VEC]
+    if GATED:
+        up_tile = _load_chunks(codes, row + outputs, inside, lane, inputs, VEC)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([C, BN], tl.float32)
+    up_sums = tl.zeros([C, BN], tl.float32)
+    squares = tl.zeros([C, 1], tl.float32)
+    for start in range(0, inputs, BK):
+        chunk = start // VEC + lane
+        column = chunk[:, None, None] * VEC + tl.arange(0, VEC)[None, None, :]
+        value, square = _load_input(x, norm, column, inputs)  # [C, 1, VEC]
+        if norm is not None:
+            squares += tl.sum(square, axis=2)
+        present = decode(tile, tl.float32, False)
+        tile = _load_chunks(codes, row, inside, chunk + C, inputs, VEC)
+        sums += tl.sum(present * value, axis=2)
+        if GATED:
+            present = decode(up_tile, tl.float32, False)
+            up_tile = _load_chunks(codes, row + outputs, inside, chunk + C, inputs, VEC)
+            up_sums += tl.sum(present * value, axis=2)
+    _finish_row(
+        y, tl.sum(sums, axis=0), tl.sum(up_sums, axis=0), scale, squares, residual,
+        row, inside, outputs, inputs, eps, scale is not None, norm is not None, GATED,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _nibble_sums(
+    tile, low, high, total, scale, zero, at, inside, HAS_GROUPS: tl.constexpr
+):  # fmt: skip
+    """Σ (code - zero) · x of each chunk [C, BN], scaled if scales belong to groups."""
+    wide = tile.to(tl.int32)
+    products = sixteen_plus(wide & 15) * low + sixteen_plus(wide >> 4) * high
+    sums = tl.sum(products, axis=2)  # [C, BN]
+    if zero is None:
+        sums -= (16.0 + NIBBLE_ZERO) * total
+    else:
+        sums -= (tl.load(zero + at, mask=inside, other=0).to(tl.float32) + 16.0) * total
+    if HAS_GROUPS:
+        sums *= tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def _gemv_nibbles(
+    y, x, codes, scale, zero, norm, residual, outputs, width, group_size, eps,
+    GATED: tl.constexpr, HAS_GROUPS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`width` and HALF: bytes of a row and of a nibble block. A chunk lies within a block, and so
+    within one group."""
+    C: tl.constexpr = BK // 2 // VEC
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = row < outputs
+    lane = tl.arange(0, C)
+    inputs = width * 2
+    groups = inputs // group_size
+    tile = _load_chunks(codes, row, inside, lane, width, VEC)  # [C, BN, VEC]
+    if GATED:
+        up_tile = _load_chunks(codes, row + outputs, inside, lane, width, VEC)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([C, BN], tl.float32)
+    up_sums = tl.zeros([C, BN], tl.float32)
+    squares = tl.zeros([C, 1], tl.float32)
+    for start in range(0, width, C * VEC):
+        chunk = start // VEC + lane
+        # The input of a chunk's first low nibble; that of its high one is HALF further on.
+        first = chunk * VEC // HALF * (2 * HALF) + chunk * VEC % HALF
+        column = first[:, None, None] + tl.arange(0, VEC)[None, None, :]
+        low, low_square = _load_input(x, norm, column, inputs)  # [C, 1, VEC]
+        high, high_square = _load_input(x, norm, column + HALF, inputs)
+        if norm is not None:
+            squares += tl.sum(low_square + high_square, axis=2)
+        total = tl.sum(low + high, axis=2)  # [C, 1]
+        group = (first // group_size)[:, None]
+        at = row[None, :] * groups + group
+        mask = inside[None, :] & (first < inputs)[:, None]
+        present = tile
+        tile = _load_chunks(codes, row, inside, chunk + C, width, VEC)
+        sums += _nibble_sums(present, low, high, total, scale, zero, at, mask, HAS_GROUPS)
+        if GATED:
+            at = (row[None, :] + outputs) * groups + group
+            present = up_tile
+            up_tile = _load_chunks(codes, row + outputs, inside, chunk + C, width, VEC)
+            up_sums += _nibble_sums(present, low, high, total, scale, zero, at, mask, HAS_GROUPS)
+    _finish_row(
+        y, tl.sum(sums, axis=0), tl.sum(up_sums, axis=0), scale, squares, residual,
+        row, inside, outputs, inputs, eps, not HAS_GROUPS, norm is not None, GATED,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def multiply_token(
+    x_1K: Tensor,
+    weights: Weights,
+    config: Config,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    is_gated: bool = False,
+    residual_1N: Tensor | None = None,
+) -> Tensor:
+    """y [1, N] (or [1, N/2] if gated) of x [1, K], of x's dtype."""
+    assert x_1K.shape == (1, weights.inputs) and x_1K.stride(1) == 1
+    outputs = weights.outputs // (2 if is_gated else 1)
+    y_1N = torch.empty(1, outputs, dtype=x_1K.dtype, device=x_1K.device)
+    norm_K, eps = (None, 0.0) if norm is None else norm
+    # A gated program has two rows for each result.
+    rows = max(1, config.rows // 2) if is_gated else config.rows
+    options: dict[str, Any] = {
+        "GATED": is_gated,
+        "BN": rows,
+        "BK": _span(weights, config),
+        "VEC": CHUNK_BYTES // weights.codes.element_size(),
+        "num_warps": config.warps,
+        **launch_options(x_1K.device),
+    }
+    grid = (triton.cdiv(outputs, rows),)
+    if not weights.block:
+        _gemv[grid](
+            y_1N, x_1K, weights.codes, weights.scale, norm_K, residual_1N,
+            outputs, weights.inputs, eps, **options,
+        )  # fmt: skip
+        return y_1N
+    _gemv_nibbles[grid](
+        y_1N, x_1K, weights.codes, weights.scale, weights.zero_NR, norm_K, residual_1N,
+        outputs, weights.codes.shape[1], weights.group or weights.inputs, eps,
+        HAS_GROUPS=bool(weights.group), HALF=weights.block // 2, **options,
+    )  # fmt: skip
+    return y_1N
+
+
+def _span(weights: Weights, config: Config) -> int:
+    """Inputs of an iteration: no more than the matrix has."""
+    return min(config.inputs, max(64, triton.next_power_of_2(weights.inputs)))

@@ -1,0 +1,327 @@
+"""y = x @ wᵀ on tensor cores, weights the wide operand: tiles of BN outputs by BT tokens.
+
+Weights of 16 bits, int8 or float8 are widened to the tokens' dtype in registers, or multiplied as
+they are by tokens of the same codes (int32 sums; fp32 sums for float8, widened to fp16, which
+holds them exactly, where the GPU has no float8 products). Where outputs alone give too few
+programs, K is split: sums go to a workspace, and the last program to arrive at a tile adds them
+in the order of K, so results do not depend on timing. Its counter is back at zero afterwards; one
+stream at a time may run these kernels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.triton._codes import decode, has_float8
+from engine.kernels.triton._launch import launch_options
+from engine.kernels.triton._tactics import Config
+from engine.kernels.triton._weights import Weights, bits_of, unpack
+
+COUNTERS = 2**16
+NIBBLE_ZERO = tl.constexpr(8)
+# Hopper adds float8 products with 14 bits; this many inputs at a time, then in fp32.
+FP8_SUM = tl.constexpr(128)
+# Accumulators that a program's registers hold.
+MAX_TILE = 128 * 128
+# Shared memory planned for where there is no GPU: Ampere's, of consumers.
+INTERPRETED_SHARED = 99 << 10
+IS_COMPILED = not triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _store_tile(
+    y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride, residual_stride,
+    ROW_SCALE: tl.constexpr, TOKEN_SCALE: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Scale sums [BN, BT], gate them, add the residual, and store."""
+    inside = (row < outputs)[:, None] & (token < tokens)[None, :]
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
+    if x_scale is not None:
+        if TOKEN_SCALE:
+            factor = tl.load(x_scale + token, mask=token < tokens, other=0.0)[None, :]
+        else:
+            factor = tl.load(x_scale)
+        gate *= factor * tl.load(scale + row, mask=row < outputs, other=0.0)[:, None]
+        if GATED:
+            up *= factor * tl.load(scale + outputs + row, mask=row < outputs, other=0.0)[:, None]
+    elif ROW_SCALE:
+        gate *= tl.load(scale + row, mask=row < outputs, other=0.0)[:, None]
+        if GATED:
+            up *= tl.load(scale + outputs + row, mask=row < outputs, other=0.0)[:, None]
+    if GATED:
+        gate = gate * tl.sigmoid(gate) * up
+    if residual is not None:
+        at = token[None, :] * residual_stride + row[:, None]
+        gate += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    at = token[None, :] * y_stride + row[:, None]
+    tl.store(y + at, gate.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _is_last(
+    gate, up, partial, counters, row, token, outputs, tokens, split,
+    SPLITS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Leave this split's sums in the workspace [SPLITS, T, N]; whether all others have."""
+    inside = (row < outputs)[:, None] & (token < tokens)[None, :]
+    width = outputs * 2 if GATED else outputs
+    at = (split * tokens + token)[None, :] * width + row[:, None]
+    tl.store(partial + at, gate, mask=inside)
+    if GATED:
+        tl.store(partial + at + outputs, up, mask=inside)
+    # The atomic is one thread's: it must not run ahead of the others' stores.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
+    return arrived == SPLITS - 1
+
+
+@triton.jit
+def _add_splits(partial, row, token, outputs, width, tokens, SPLITS: tl.constexpr):
+    """Sums of all splits, in their order, read past the first-level cache."""
+    inside = (row < outputs)[:, None] & (token < tokens)[None, :]
+    at = token[None, :] * width + row[:, None]
+    total = tl.load(partial + at, mask=inside, other=0, cache_modifier=".cg")
+    for _ in range(1, SPLITS):
+        at += tokens * width
+        total += tl.load(partial + at, mask=inside, other=0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _finish(
+    y, gate, up, scale, x_scale, residual, partial, counters, row, token, outputs, tokens,
+    y_stride, residual_stride, split,
+    ROW_SCALE: tl.constexpr, TOKEN_SCALE: tl.constexpr, GATED: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    token = token.to(tl.int64)
+    if SPLITS == 1:
+        _store_tile(
+            y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride,
+            residual_stride, ROW_SCALE, TOKEN_SCALE, GATED,
+        )  # fmt: skip
+    else:
+        counters += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if _is_last(gate, up, partial, counters, row, token, outputs, tokens, split, SPLITS, GATED):
+            width = outputs * 2 if GATED else outputs
+            gate = _add_splits(partial, row, token, outputs, width, tokens, SPLITS)
+            if GATED:
+                up = _add_splits(partial + outputs, row, token, outputs, width, tokens, SPLITS)
+            _store_tile(
+                y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride,
+                residual_stride, ROW_SCALE, TOKEN_SCALE, GATED,
+            )  # fmt: skip
+            tl.store(counters, 0)
+
+
+@triton.jit
+def _multiply(weights, x, sums, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+    """sums + weights [BN, BK] @ x [BK, BT]."""
+    if x.dtype == tl.int8:
+        sums = tl.dot(weights, x, sums, out_dtype=tl.int32)
+    elif x.dtype == tl.uint8:
+        if FLOAT8:
+            sums = tl.dot(
+                weights.to(tl.float8e4nv, bitcast=True), x.to(tl.float8e4nv, bitcast=True), sums,
+                max_num_imprecise_acc=min(FP8_SUM, x.shape[0]),
+            )  # fmt: skip
+        else:
+            wide = decode(weights, tl.float16, False)
+            sums = tl.dot(wide, decode(x, tl.float16, False), sums)
+    else:
+        sums = tl.dot(decode(weights, dtype, False), x, sums)
+    return sums
+
+
+@triton.jit
+def _tiles(
+    y, x, codes, scale, x_scale, residual, partial, counters,
+    tokens, outputs, inputs, x_stride, y_stride, residual_stride,
+    GATED: tl.constexpr, TOKEN_SCALE: tl.constexpr, FLOAT8: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(2)
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    k = tl.arange(0, BK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # Rows past the last read the last one: a mask of K alone keeps the loads wide.
+    codes += tl.minimum(row, outputs - 1)[:, None] * inputs + k[None, :]
+    up_codes = codes + tl.cast(outputs, tl.int64) * inputs
+    x += tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * x_stride + k[:, None]
+    kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    sums = tl.zeros([BN, BT], kind)
+    up_sums = tl.zeros([BN, BT], kind)
+    span = tl.cdiv(tl.cdiv(inputs, BK), SPLITS) * BK
+    for start in tl.range(split * span, min(split * span + span, inputs), BK, num_stages=STAGES):
+        inside = k < inputs - start
+        value = tl.load(x + start, mask=inside[:, None], other=0)  # [BK, BT]
+        tile = tl.load(codes + start, mask=inside[None, :], other=0)  # [BN, BK]
+        sums = _multiply(tile, value, sums, x.dtype.element_ty, FLOAT8)
+        if GATED:
+            tile = tl.load(up_codes + start, mask=inside[None, :], other=0)
+            up_sums = _multiply(tile, value, up_sums, x.dtype.element_ty, FLOAT8)
+    _finish(
+        y, sums, up_sums, scale, x_scale, residual, partial, counters, row, token, outputs,
+        tokens, y_stride, residual_stride, split, scale is not None, TOKEN_SCALE, GATED, SPLITS,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _multiply_nibbles(
+    codes, scale, zero, low, high, sums, row, start, inputs, group_size,
+    GROUPS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """sums + (nibbles [BN, BK/2] - zero) · scale @ (low, high) [BK/2, BT], of one group."""
+    at = row * (inputs // group_size) + start // group_size
+    if zero is None:
+        shift = tl.full(codes.shape, NIBBLE_ZERO, tl.uint8)
+    else:
+        shift = tl.broadcast_to(tl.load(zero + at)[:, None], codes.shape)
+    low_codes, high_codes = unpack(codes, shift, low.dtype, ASSEMBLY)
+    if GROUPS:
+        part = tl.dot(high_codes, high, tl.dot(low_codes, low))
+        sums += part * tl.load(scale + at).to(tl.float32)[:, None]
+    else:
+        sums = tl.dot(high_codes, high, tl.dot(low_codes, low, sums))
+    return sums
+
+
+@triton.jit
+def _tiles_nibbles(
+    y, x, codes, scale, zero, residual, partial, counters,
+    tokens, outputs, width, group_size, x_stride, y_stride, residual_stride,
+    GATED: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`width` and HALF: bytes of a row and of a nibble block. BK divides a group, and K."""
+    split = tl.program_id(2)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    known = tl.minimum(row, outputs - 1)
+    byte = tl.arange(0, BK // 2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    inputs = width * 2
+    codes += known[:, None] * width + byte[None, :]
+    up_codes = codes + tl.cast(outputs, tl.int64) * width
+    low_input = byte // HALF * (2 * HALF) + byte % HALF
+    x += tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * x_stride + low_input[:, None]
+    sums = tl.zeros([BN, BT], tl.float32)
+    up_sums = tl.zeros([BN, BT], tl.float32)
+    span = tl.cdiv(tl.cdiv(inputs, BK), SPLITS) * BK
+    for start in tl.range(split * span, min(split * span + span, inputs), BK, num_stages=STAGES):
+        low = tl.load(x + start)  # [BK/2, BT]
+        high = tl.load(x + start + HALF)
+        tile = tl.load(codes + start // 2)  # [BN, BK/2]
+        sums = _multiply_nibbles(
+            tile, scale, zero, low, high, sums, known, start, inputs, group_size, GROUPS,
+            ASSEMBLY,
+        )  # fmt: skip
+        if GATED:
+            tile = tl.load(up_codes + start // 2)
+            up_sums = _multiply_nibbles(
+                tile, scale, zero, low, high, up_sums, known + outputs, start, inputs,
+                group_size, GROUPS, ASSEMBLY,
+            )  # fmt: skip
+    _finish(
+        y, sums, up_sums, scale, None, residual, partial, counters, row, token, outputs,
+        tokens, y_stride, residual_stride, split, not GROUPS, False, GATED, SPLITS,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def multiply_tiles(
+    x_TK: Tensor,
+    weights: Weights,
+    config: Config,
+    *,
+    dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
+    is_gated: bool = False,
+    residual_TN: Tensor | None = None,
+) -> Tensor:
+    """y [T, N] (or [T, N/2] if gated), of `dtype` or x's. x is fp16 or bf16, or codes of the
+    weights' type with their scale, fp32 [1] or [T]."""
+    tokens = len(x_TK)
+    assert x_TK.shape[1] == weights.inputs and x_TK.stride(1) == 1
+    outputs = weights.outputs // (2 if is_gated else 1)
+    y_TN = torch.empty(tokens, outputs, dtype=dtype or x_TK.dtype, device=x_TK.device)
+    if not tokens:
+        return y_TN
+    config = fit(config, weights, is_gated, x_TK.element_size(), _shared_bytes(x_TK.device))
+    grid = (triton.cdiv(outputs, config.rows), triton.cdiv(tokens, config.tokens), config.splits)
+    partial, counters = None, None
+    if config.splits > 1:
+        assert grid[0] * grid[1] <= COUNTERS
+        kind = torch.int32 if x_TK.dtype == torch.int8 else torch.float32
+        shape = (config.splits, tokens, weights.outputs)
+        partial = torch.empty(shape, dtype=kind, device=x_TK.device)
+        counters = _counters(x_TK.device)
+    options: dict[str, Any] = {
+        "GATED": is_gated, "BN": config.rows, "BT": config.tokens, "BK": config.inputs,
+        "SPLITS": config.splits, "STAGES": config.stages, "num_warps": config.warps,
+        **launch_options(x_TK.device),
+    }  # fmt: skip
+    residual_stride = 0 if residual_TN is None else residual_TN.stride(0)
+    strides = (x_TK.stride(0), y_TN.stride(0), residual_stride)
+    if weights.block:
+        _tiles_nibbles[grid](
+            y_TN, x_TK, weights.codes, weights.scale, weights.zero_NR, residual_TN, partial,
+            counters, tokens, outputs, weights.codes.shape[1], weights.group or weights.inputs,
+            *strides,
+            GROUPS=bool(weights.group), HALF=weights.block // 2, ASSEMBLY=IS_COMPILED, **options,
+        )  # fmt: skip
+        return y_TN
+    _tiles[grid](
+        y_TN, bits_of(x_TK), bits_of(weights.codes), weights.scale, x_scale, residual_TN, partial,
+        counters, tokens, outputs, weights.inputs, *strides,
+        TOKEN_SCALE=x_scale is not None and x_scale.numel() > 1, FLOAT8=has_float8(x_TK.device),
+        **options,
+    )  # fmt: skip
+    return y_TN
+
+
+def fit(
+    config: Config, weights: Weights, is_gated: bool, x_bytes: int, shared_bytes: int
+) -> Config:
+    """`config` within what weights and GPU allow: an iteration of nibbles is of one group, and
+    the stages of the pipeline fit shared memory."""
+    rows, inputs = config.rows, config.inputs
+    if weights.block:
+        whole = weights.group or weights.inputs
+        inputs = next(size for size in (256, 128, 64, 32) if size <= inputs and whole % size == 0)
+    if is_gated and rows * config.tokens * 2 > MAX_TILE:
+        rows //= 2
+    row_bytes = inputs * weights.codes.element_size() // (2 if weights.block else 1)
+    stage_bytes = rows * (2 if is_gated else 1) * row_bytes + config.tokens * inputs * x_bytes
+    stages = max(1, min(config.stages, shared_bytes // stage_bytes))
+    return config._replace(rows=rows, inputs=inputs, stages=stages)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """What a program may take."""
+    if device.type != "cuda":
+        return INTERPRETED_SHARED
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Arrivals at each tile, zero between launches."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

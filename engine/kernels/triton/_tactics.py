@@ -1,0 +1,131 @@
+"""Which kernel and tile sizes a linear layer runs with.
+
+Candidates and the default are pure functions of the shape. Measured choices are kept in one
+table of the process, which `load_tactics` fills (from an engine's model.cache) and `measured`
+returns; nothing is ever measured while serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+# One CUDA core sum per row, for a single token; tensor cores; PyTorch's matrix product.
+GEMV, TILES, LIBRARY = "gemv", "tiles", "library"
+
+# Batches up to these share a choice; larger ones share that of the last.
+TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# From here on the product is limited by arithmetic, and widened weights in cuBLAS win.
+FEW_TOKENS = 128
+
+MAX_SPLITS = 16
+# Programs that each multiprocessor should get before K is no longer split.
+PROGRAMS_PER_PROCESSOR = 2
+# Iterations a split of K must keep, to fill its software pipeline.
+MIN_ITERATIONS = 2
+
+ACTIVATION_CODES = ("linear_w8a8", "linear_fp8")
+NIBBLES = ("linear_int4", "linear_int4_groups")
+
+
+class Config(NamedTuple):
+    """`rows` outputs and `tokens` tokens a program, `inputs` of them an iteration."""
+
+    kind: str
+    rows: int = 0
+    inputs: int = 0
+    warps: int = 4
+    stages: int = 1
+    tokens: int = 1
+    splits: int = 1
+
+
+Key = tuple[str, int, int, int]
+_table: dict[Key, Config] = {}
+
+# inputs / warps / bytes of a code: a lane loads 16 bytes at a time, so an iteration of W warps
+# takes 512 W bytes of each row.
+_GEMV_ROWS_WARPS = ((4, 4), (8, 4), (2, 4), (4, 2), (8, 2), (4, 8), (16, 4))
+_CODES_PER_LANE = {"linear": 8, "linear_int8": 16, "linear_int4": 32, "linear_int4_groups": 32}
+
+# rows, inputs, warps, stages for few tokens; weights are the wide operand.
+_FEW = ((64, 128, 4, 4), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3))
+# rows, inputs, warps, stages, tokens for many.
+_MANY = ((128, 128, 8, 3, 128), (128, 128, 8, 3, 256), (128, 64, 4, 4, 128), (64, 128, 4, 4, 128))
+
+
+def token_bucket(tokens: int) -> int:
+    return next((bucket for bucket in TOKEN_BUCKETS if tokens <= bucket), TOKEN_BUCKETS[-1])
+
+
+def candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
+    """Every configuration worth measuring; the first is the default, but for its splits."""
+    few = _few_candidates(tokens, inputs)
+    if op in ACTIVATION_CODES:
+        return few if tokens <= 64 else _many_candidates()
+    gemv = _gemv_candidates(op) if tokens == 1 else ()
+    library = (Config(LIBRARY),)
+    if op == "linear":
+        return (*gemv, *library, *(few if tokens <= 64 else ()))
+    if tokens > FEW_TOKENS:
+        return library
+    return (*gemv, *few, *(library if tokens > 16 else ()))
+
+
+def choose(op: str, tokens: int, outputs: int, inputs: int, processors: int) -> Config:
+    """The measured configuration, or the first candidate with enough splits for the device."""
+    key = (op, token_bucket(tokens), outputs, inputs)
+    if key in _table:
+        return _table[key]
+    first = candidates(op, tokens, outputs, inputs)[0]
+    if first.kind != TILES or tokens > 64:
+        return first
+    return first._replace(splits=_splits(first, tokens, outputs, inputs, processors))
+
+
+def load_tactics(tactics: Mapping[str, Sequence[str | int]]) -> None:
+    """Add choices in the form of `measured`; a newer one replaces an older one."""
+    for name, values in tactics.items():
+        op, *shape = name.split("/")
+        tokens, outputs, inputs = map(int, shape)
+        _table[op, tokens, outputs, inputs] = Config(*values)
+
+
+def measured() -> dict[str, list[str | int]]:
+    """All choices, as JSON holds them: "op/tokens/outputs/inputs" to the fields of a Config."""
+    return {"/".join(map(str, key)): list(config) for key, config in sorted(_table.items())}
+
+
+def record(op: str, tokens: int, outputs: int, inputs: int, config: Config) -> None:
+    _table[op, token_bucket(tokens), outputs, inputs] = config
+
+
+def _gemv_candidates(op: str) -> tuple[Config, ...]:
+    lane = _CODES_PER_LANE[op]
+    return tuple(Config(GEMV, rows, 32 * warps * lane, warps) for rows, warps in _GEMV_ROWS_WARPS)
+
+
+def _few_candidates(tokens: int, inputs: int) -> tuple[Config, ...]:
+    padded = next((size for size in (16, 32, 64) if tokens <= size), 64)
+    return tuple(
+        Config(TILES, rows, span, warps, stages, padded, splits)
+        for rows, span, warps, stages in _FEW
+        for splits in (1, 2, 4, 8)
+        if splits * span * MIN_ITERATIONS <= inputs or splits == 1
+    )
+
+
+def _many_candidates() -> tuple[Config, ...]:
+    return tuple(Config(TILES, *sizes) for sizes in _MANY)
+
+
+def _splits(config: Config, tokens: int, outputs: int, inputs: int, processors: int) -> int:
+    programs = -(-outputs // config.rows) * -(-tokens // config.tokens)
+    splits = 1
+    while (
+        splits < MAX_SPLITS
+        and programs * splits < PROGRAMS_PER_PROCESSOR * processors
+        and 2 * splits * config.inputs * MIN_ITERATIONS <= inputs
+    ):
+        splits *= 2
+    return splits

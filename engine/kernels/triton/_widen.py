@@ -1,0 +1,94 @@
+"""Quantised weights as fp32, fp16 or bf16, for products that cuBLAS does better.
+
+A block of rows at a time, so that the wide copy of a layer stays small next to the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.triton._codes import decode
+from engine.kernels.triton._launch import launch_options
+from engine.kernels.triton._weights import Weights
+
+BLOCK = 2048
+WARPS = 4
+# Weights widened at a time: 256 MiB of bf16, all of a layer of Yi-6B.
+WIDE_WEIGHTS = 2**27
+NIBBLE_ZERO = tl.constexpr(8)
+
+
+@triton.jit
+def _widen(wide, codes, scale, inputs, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < inputs
+    code = tl.load(codes + row * inputs + column, mask=inside, other=0)  # [BLOCK]
+    value = decode(code, tl.float32, False) * tl.load(scale + row)
+    tl.store(wide + row * inputs + column, value.to(wide.dtype.element_ty), mask=inside)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _widen_nibbles(
+    wide, codes, scale, zero, inputs, group_size,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK codes, of BLOCK / 2 bytes, a program."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    inside = byte < inputs // 2
+    code = tl.load(codes + row * (inputs // 2) + byte, mask=inside, other=0).to(tl.int32)
+    column = byte // HALF * (2 * HALF) + byte % HALF
+    at = row * (inputs // group_size) + column // group_size
+    shift = NIBBLE_ZERO
+    if zero is not None:
+        shift = tl.load(zero + at, mask=inside, other=0).to(tl.int32)
+    factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    dtype = wide.dtype.element_ty
+    out = wide + row * inputs + column
+    tl.store(out, (((code & 15) - shift).to(tl.float32) * factor).to(dtype), mask=inside)
+    tl.store(out + HALF, (((code >> 4) - shift).to(tl.float32) * factor).to(dtype), mask=inside)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def multiply_widened(x_TK: Tensor, weights: Weights) -> Tensor:
+    """y [T, N] in x's dtype, to which the weights are rounded."""
+    parts = [F.linear(x_TK, widen(part, x_TK.dtype)) for part in _row_blocks(weights)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def widen(weights: Weights, dtype: torch.dtype) -> Tensor:
+    """[N, K] of `dtype`."""
+    outputs, inputs = weights.outputs, weights.inputs
+    assert weights.scale is not None
+    device = weights.codes.device
+    wide_NK = torch.empty(outputs, inputs, dtype=dtype, device=device)
+    grid = (outputs, triton.cdiv(inputs, BLOCK))
+    options: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": WARPS, **launch_options(device)}
+    if weights.block:
+        _widen_nibbles[grid](
+            wide_NK, weights.codes, weights.scale, weights.zero_NR, inputs,
+            weights.group or inputs, HALF=weights.block // 2, **options,
+        )  # fmt: skip
+    else:
+        _widen[grid](wide_NK, weights.codes, weights.scale, inputs, **options)
+    return wide_NK
+
+
+def _row_blocks(weights: Weights) -> Iterator[Weights]:
+    step = max(1, WIDE_WEIGHTS // weights.inputs)
+    return (weights.rows(slice(i, i + step)) for i in range(0, weights.outputs, step))

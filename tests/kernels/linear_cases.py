@@ -1,0 +1,128 @@
+"""Linear kernels to compile ahead of time for every GPU: each default of the tactics, with all that
+it fuses. float8 products are in linear_fp8_cases.py."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.triton._gemv import _gemv, _gemv_nibbles
+from engine.kernels.triton._matmul import _tiles, _tiles_nibbles, fit
+from engine.kernels.triton._quantize import _quantize
+from engine.kernels.triton._tactics import GEMV, candidates
+from engine.kernels.triton._weights import Weights
+from engine.kernels.triton._widen import _widen_nibbles
+from tests.kernels.triton_compile import Case
+
+OUTPUTS, INPUTS = 4096, 4096
+# The least of the architectures from Ampere on.
+SHARED_BYTES = 99 << 10
+ROW = dict.fromkeys(("outputs", "inputs"), "i32")
+BYTES = dict.fromkeys(("outputs", "width", "group_size"), "i32")
+STRIDES = dict.fromkeys(("x_stride", "y_stride", "residual_stride"), "i32")
+WEIGHTS = {"linear": "*bf16", "linear_int8": "*i8", "linear_w8a8": "*i8", "linear_fp8": "*u8"}
+TOKENS = {"linear_w8a8": "*i8", "linear_fp8": "*u8"}
+
+
+def gemv(op: str, *, is_gated: bool) -> Case:
+    config = candidates(op, 1, OUTPUTS, INPUTS)[0]
+    types = {
+        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"),
+        "codes": WEIGHTS[op], "scale": None if op == "linear" else "*fp32", "eps": "fp32", **ROW,
+    }  # fmt: skip
+    vec = 8 if op == "linear" else 16
+    constants = {
+        "GATED": is_gated,
+        "BN": config.rows // (1 + is_gated),
+        "BK": config.inputs,
+        "VEC": vec,
+        "PDL": False,
+    }
+    return Case(f"gemv {op}", _gemv, types, constants, {"num_warps": config.warps})
+
+
+def gemv_nibbles(*, is_gated: bool) -> Case:
+    config = candidates("linear_int4_groups", 1, OUTPUTS, INPUTS)[0]
+    types = {
+        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*u8",
+        "scale": "*fp16", "zero": "*u8", "eps": "fp32", **BYTES,
+    }  # fmt: skip
+    constants = {
+        "GATED": is_gated, "HAS_GROUPS": True, "HALF": 32,
+        "BN": config.rows // (1 + is_gated), "BK": config.inputs, "VEC": 16, "PDL": False,
+    }  # fmt: skip
+    return Case("gemv int4", _gemv_nibbles, types, constants, {"num_warps": config.warps})
+
+
+def tiles(op: str, tokens: int, *, is_gated: bool, float8: bool = True) -> Case:
+    config = next(c for c in candidates(op, tokens, OUTPUTS, INPUTS) if c.kind == "tiles")
+    dtype = {"*bf16": torch.bfloat16, "*i8": torch.int8, "*u8": torch.uint8}[WEIGHTS[op]]
+    weights = Weights(torch.empty(OUTPUTS, INPUTS, dtype=dtype, device="meta"))
+    config = fit(config, weights, is_gated, 1 if op in TOKENS else 2, SHARED_BYTES)
+    splits = 4 if tokens <= 64 else 1
+    has_codes = op in TOKENS
+    types = {
+        "y": "*bf16", "x": TOKENS.get(op, "*bf16"), "codes": WEIGHTS[op],
+        "scale": None if op == "linear" else "*fp32",
+        "x_scale": "*fp32" if has_codes else None, "residual": None if is_gated else "*bf16",
+        "partial": ("*i32" if op == "linear_w8a8" else "*fp32") if splits > 1 else None,
+        "counters": "*i32" if splits > 1 else None, "tokens": "i32", **ROW, **STRIDES,
+    }  # fmt: skip
+    constants = {
+        "GATED": is_gated, "TOKEN_SCALE": has_codes, "FLOAT8": float8,
+        "BN": config.rows, "BT": config.tokens, "BK": config.inputs, "SPLITS": splits,
+        "STAGES": config.stages, "PDL": False,
+    }  # fmt: skip
+    name = f"tiles {op} {tokens}"
+    return Case(name, _tiles, types, constants, {"num_warps": config.warps}, ("tokens",))
+
+
+def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
+    few = candidates("linear_int4_groups", tokens, OUTPUTS, INPUTS)
+    codes = torch.empty(OUTPUTS, INPUTS // 2, dtype=torch.uint8, device="meta")
+    scale = torch.empty(OUTPUTS, INPUTS // 128, device="meta")
+    weights = Weights(codes, scale, block=64)
+    config = next(c for c in few if c.kind != GEMV)
+    config = fit(config, weights, is_gated, 2, SHARED_BYTES)
+    types = {
+        "y": dtype, "x": dtype, "codes": "*u8", "scale": "*fp16", "zero": "*u8",
+        "residual": None if is_gated else dtype, "partial": "*fp32", "counters": "*i32",
+        "tokens": "i32", **BYTES, **STRIDES,
+    }  # fmt: skip
+    constants = {
+        "GATED": is_gated, "GROUPS": True, "HALF": 32, "ASSEMBLY": True, "BN": config.rows,
+        "BT": config.tokens, "BK": config.inputs, "SPLITS": 4, "STAGES": config.stages,
+        "PDL": False,
+    }  # fmt: skip
+    name = f"tiles int4 {tokens} {dtype}"
+    return Case(name, _tiles_nibbles, types, constants, {"num_warps": config.warps}, ("tokens",))
+
+
+def quantize(codes: str) -> Case:
+    types = {
+        "codes": codes, "scales": "*fp32", "x": "*bf16", "norm": "*bf16", "given": None,
+        "width": "i32", "x_stride": "i32", "code_range": "fp32", "eps": "fp32",
+    }  # fmt: skip
+    constants = {"BLOCK": 4096, "PDL": False}
+    return Case(f"quantize {codes}", _quantize, types, constants, {"num_warps": 8})
+
+
+def widen_nibbles() -> Case:
+    types = {
+        "wide": "*bf16", "codes": "*u8", "scale": "*fp16", "zero": "*u8", "inputs": "i32",
+        "group_size": "i32",
+    }  # fmt: skip
+    constants = {"HALF": 32, "BLOCK": 2048, "PDL": False}
+    return Case("widen int4", _widen_nibbles, types, constants, {})
+
+
+CASES = [
+    *(gemv(op, is_gated=gated) for op in ("linear", "linear_int8") for gated in (False, True)),
+    *(gemv_nibbles(is_gated=gated) for gated in (False, True)),
+    *(tiles(op, 16, is_gated=False, float8=False) for op in WEIGHTS),
+    *(tiles(op, 64, is_gated=True, float8=False) for op in WEIGHTS),
+    *(tiles("linear_w8a8", 512, is_gated=gated) for gated in (False, True)),
+    *(tiles_nibbles(16, dtype, is_gated=False) for dtype in ("*bf16", "*fp16")),
+    tiles_nibbles(64, "*bf16", is_gated=True),
+    *(quantize(codes) for codes in ("*i8", "*u8")),
+    widen_nibbles(),
+]
