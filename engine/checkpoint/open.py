@@ -8,6 +8,8 @@ from pathlib import Path
 from engine.checkpoint.awq_file import open_awq_file
 from engine.checkpoint.base import Checkpoint
 from engine.checkpoint.files import read_json
+from engine.checkpoint.fp8_scales import open_fp8_scales
+from engine.checkpoint.ft import open_ft, read_ft_kv_scales
 from engine.checkpoint.gptq_file import open_gptq_file
 from engine.checkpoint.hf import CONFIG_FILE, open_hf
 from engine.checkpoint.meta import PARAMS_FILE, open_meta
@@ -74,12 +76,8 @@ def open_source(paths: Paths, quant: QuantConfig) -> Checkpoint:
             opener = open_awq_file if quant.algorithm is Algorithm.W4A16_AWQ else open_gptq_file
             checkpoint = opener(Path(paths.quant_ckpt_path), checkpoint, quant.group_size)
         if paths.quantized_fp8_model_path is not None:
-            from engine.checkpoint.fp8_scales import open_fp8_scales
-
             checkpoint = open_fp8_scales(Path(paths.quantized_fp8_model_path), checkpoint)
         if paths.ft_model_dir is not None and quant.kv is not KVStorage.NONE:
-            from engine.checkpoint.ft import read_ft_kv_scales
-
             folder = _find_directory("--ft_model_dir", paths.ft_model_dir)
             scales = read_ft_kv_scales(folder, checkpoint.config)
             checkpoint.give_kv_scales(scales, KVStorage.INT8)
@@ -154,8 +152,6 @@ def _open_weights(paths: Paths, quant: QuantConfig) -> Checkpoint:
     if paths.checkpoint_dir is not None:
         return open_unified(_find_unified(paths.checkpoint_dir))
     if paths.ft_model_dir is not None:
-        from engine.checkpoint.ft import open_ft
-
         return open_ft(_find_directory("--ft_model_dir", paths.ft_model_dir), quant=quant)
     raise UserError("no checkpoint is given; name one as --model_dir")
 
