@@ -54,19 +54,18 @@ class TrtllmBackend:
             exported, checkpoint_dir, progress, preprocess=preprocess, flag="--output_dir"
         )
         with EngineWriter(plan.output_dir) as writer:
-
-            def command(output_dir: Path) -> list[str]:
-                return trtllm_command.make_command(
-                    tool,
-                    dialect,
-                    record,
-                    plan.switches,
-                    checkpoint_dir=checkpoint_dir,
-                    output_dir=output_dir,
-                    workers=record.mapping.world if plan.parallel else 1,
-                )
-
-            trtllm_command.run(command(writer.staging), to_repeat=command(plan.output_dir))
+            command = trtllm_command.make_command(
+                tool,
+                dialect,
+                record,
+                plan.switches,
+                checkpoint_dir=checkpoint_dir,
+                output_dir=writer.staging,
+                workers=record.mapping.world if plan.parallel else 1,
+            )
+            staging, final = str(writer.staging), str(plan.output_dir)
+            to_repeat = [word.replace(staging, final) for word in command]
+            trtllm_command.run(command, to_repeat=to_repeat)
             record = replace(record, files=_list_files(writer.staging, record.mapping.world))
             config = json.loads((writer.staging / CONFIG_NAME).read_text())
             writer.commit({**config, "engine": record.to_dict()}, plan.companions)

@@ -107,9 +107,12 @@ class TrtllmSession:
         done: list[Result] = []
         for start, stop in self._batches(params):
             batch: list[Result] = []
+            waiting = None
             for step, batch in enumerate(self._steps(prompts, params, start, stop), start=1):
-                if step % interval == 0:
-                    yield done + batch
+                # Only the next step shows that this was not the last one, which is told below.
+                if waiting is not None:
+                    yield waiting
+                waiting = done + batch if step % interval == 0 else None
             done += [replace(result, beams=_finished(result.beams)) for result in batch]
             yield list(done)
 

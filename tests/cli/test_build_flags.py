@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import build
-from engine.backends import BACKENDS
 from tests.cli.build_runner import SMALL_DUMMY, contents, run_alone, run_here
 
 # The flags of TensorRT-LLM's script for Llama and Yi up to 0.7.1, all of which parse here.
@@ -246,11 +245,13 @@ def test_scales_need_a_checkpoint(tmp_path, flags):
     refused(result, tmp_path / "engine", "needs the full-precision checkpoint it was made from")
 
 
-@pytest.mark.skipif("tensorrt_llm" in BACKENDS, reason="this version has the backend")
-def test_backend_that_this_version_lacks(checkpoint, tmp_path):
+def test_backend_whose_library_is_not_installed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     output = tmp_path / "engine"
     flags = ("--model_dir", checkpoint, "--output_dir", output, "--backend", "tensorrt_llm")
-    refused(run_here(*flags), output, "--backend tensorrt_llm is not available")
+    result = run_here(*flags, "--log_level", "error")
+    refused(result, output, "whose trtllm-build is not on PATH; install requirements-tensorrt.txt")
+    assert "the default backend needs none of it" in result.stderr
 
 
 @pytest.mark.parametrize(
