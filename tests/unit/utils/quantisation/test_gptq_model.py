@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.checkpoint.gptq_file import open_gptq_file
 from engine.checkpoint.hf import open_hf
@@ -15,9 +15,11 @@ from engine.errors import CheckpointError, UserError
 from tests.unit.engine.checkpoint.gptq_makers import SHAPE
 from tests.unit.engine.checkpoint.makers import tiny_model, tiny_state, write_folder
 from tests.unit.engine.checkpoint.quantised_makers import dequantise, word
+from utils.quantisation import gptq_model
 from utils.quantisation.gptq import Hessian, round_matrix
 from utils.quantisation.gptq_file import pack_columns, plan_tensors
 from utils.quantisation.gptq_model import make_tensors, read_half, round_layers
+from utils.quantisation.hf_model import load_layer
 from utils.quantisation.output import SafetensorsWriter
 
 GROUP = 32
@@ -78,10 +80,19 @@ def test_each_step_sees_what_the_rounded_ones_before_it_give(checkpoint, batches
                 linear.weight.data = rounded[name].weight_NK
 
 
-def test_one_layer_in_memory(checkpoint, batches):
-    for _ in run(checkpoint, batches):
+def test_one_layer_in_memory(monkeypatch, checkpoint, batches):
+    """When a layer is read, those before it are gone."""
+    made: list[weakref.ref[torch.nn.Module]] = []
+
+    def load_and_watch(*args):
         gc.collect()
-        assert not [one for one in gc.get_objects() if type(one) is LlamaDecoderLayer]
+        assert all(layer() is None for layer in made)
+        layer = load_layer(*args)
+        made.append(weakref.ref(layer))
+        return layer
+
+    monkeypatch.setattr(gptq_model, "load_layer", load_and_watch)
+    assert len(list(run(checkpoint, batches))) == len(made) == 2
 
 
 def write(path, checkpoint, layers):
