@@ -11,14 +11,14 @@ the output is one JSON document.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from importlib import import_module
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import build
 from utils import log
@@ -27,11 +27,17 @@ from utils.benchmarking.plan import DEFAULT_BATCH, MODES, BenchmarkPlan, plan_be
 from utils.cli import Parser, positive_int, run_main
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.comm import World
     from utils.benchmarking.run import Device
     from utils.benchmarking.workload import Workload
 
-KERNEL_BENCHMARKS = ("benchmarks.kernels", "benchmarks.attention_kernels")
+ROOT = Path(__file__).resolve().parent
+KERNEL_BENCHMARKS = {
+    "cpu": ("benchmarks.cpu_linear", "benchmarks.cpu_attention"),
+    "cuda": ("benchmarks.kernels", "benchmarks.attention_kernels"),
+}
 
 
 def make_parser() -> Parser:
@@ -116,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
 
     world = open_world()
     if plan.mode == "kernels":
-        return _run_kernels(world)
+        from engine.backends.torch_engine import pick_device
+
+        return _run_kernels(pick_device(plan.device, world)) if world.rank == 0 else 0
     from utils.benchmarking.run import open_device
 
     device = open_device(plan.device, world)
@@ -128,11 +136,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run_kernels(world: World) -> int:
-    if world.rank == 0:
-        for name in KERNEL_BENCHMARKS:
-            import_module(name).main([])
+def _run_kernels(device: torch.device) -> int:
+    """The programs that measure the device's kernels, one after the other; the first that fails
+    ends it with its status."""
+    from utils.benchmarking.machine import device_name, versions
+
+    found = {}
+    for name in KERNEL_BENCHMARKS[device.type]:
+        print(f"# {name}", flush=True)
+        status, found[name] = _run_module(name)
+        if status:
+            return status
+    whole = {"mode": "kernels", "device": device_name(device), "versions": versions(device)}
+    print(json.dumps({**whole, "kernels": found}, ensure_ascii=False))
     return 0
+
+
+def _run_module(name: str) -> tuple[int, Any]:
+    """Its status, and the JSON document that it may have for a last line."""
+    last = ""
+    command = [sys.executable, "-m", name]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for last in child.stdout:
+            print(last, end="", flush=True)
+    with suppress(ValueError):
+        return child.returncode, json.loads(last)
+    return child.returncode, None
 
 
 def _measure(plan: BenchmarkPlan, world: World, device: Device, command: str) -> list[dict]:

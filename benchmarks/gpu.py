@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.peers import peers_table
 from utils.benchmarking import report
+from utils.benchmarking.limits import Limits
 from utils.cli import Parser, positive_float, positive_int, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ STEPS = (
 
 @dataclass(frozen=True)
 class Done:
-    """`status` 'ok', 'failed' or 'too slow'; `words` is the end of what a failed step said."""
+    """`status` 'ok', 'failed' or 'too slow'; `words` is the end of what it said."""
 
     name: str
     status: str
@@ -154,7 +155,10 @@ class GpuSession:
 
     def markdown(self) -> str:
         records = self._records()
-        parts = ["# GPU session", report.latency_table(records)] if records else ["# GPU session"]
+        parts = ["# GPU session"]
+        if records:
+            limits = report.limits_table(Limits(**records[0]["limits"]))
+            parts += [str(records[0]["device"]), limits, report.latency_table(records)]
         for record in records:
             if record.get("peers"):
                 parts += [f"Batch {record['bs']}, {record['isl']}/{record['osl']}:"]
@@ -186,7 +190,7 @@ class GpuSession:
             status = "failed" if child.returncode else "ok"
         except subprocess.TimeoutExpired:
             said, status = end_group(child), "too slow"
-        words = "" if status == "ok" else "\n".join(said.splitlines()[-LAST_LINES:])
+        words = "\n".join(said.splitlines()[-LAST_LINES:])
         return Done(name, status, time.monotonic() - start, " ".join(flags), words)
 
     def _records(self) -> list[Any]:

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import sys
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
@@ -175,6 +176,30 @@ def test_limits_alone():
     assert found["records"] == []
     assert set(found["limits"]["products"]) == {"bfloat16", "float32", "int8"}
     assert all(rate > 0 for rate in found["limits"]["products"].values())
+
+
+def test_kernels_are_measured_by_programs_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "first.py").write_text("print('| a row |'); print('{\"us\": 3}')")
+    (tmp_path / "second.py").write_text("print('| no document |')")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "KERNEL_BENCHMARKS", {"cpu": ("first", "second")})
+    status, stdout, _ = run("kernels", "--device", "cpu")
+    assert status == 0
+    assert "| a row |" in stdout
+    assert last_document(stdout)["kernels"] == {"first": {"us": 3}, "second": None}
+
+
+def test_a_kernel_benchmark_that_fails_is_no_success(tmp_path, monkeypatch):
+    (tmp_path / "wrong.py").write_text("raise SystemExit(5)")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "KERNEL_BENCHMARKS", {"cpu": ("wrong", "never")})
+    assert run("kernels", "--device", "cpu")[0] == 5
+
+
+@pytest.mark.parametrize("device", benchmark.KERNEL_BENCHMARKS)
+def test_kernel_benchmarks_are_there(device):
+    for name in benchmark.KERNEL_BENCHMARKS[device]:
+        assert find_spec(name) is not None
 
 
 @pytest.mark.mpi

@@ -50,6 +50,10 @@ def run(tmp_path: Path, programs: dict[str, str], *steps: Step, seconds: float =
 
 def test_what_a_failed_step_left_out_runs_alone(tmp_path):
     record = {"model": "m", "mode": "none", "dtype": "bfloat16", "bs": 1, "isl": 2, "osl": 3}
+    record |= {
+        "device": "card",
+        "limits": {"device": "cuda", "copy": 3e12, "read": 1, "products": {}},
+    }
     programs = {
         "three": f"import json; json.dump([{record}], open(RESULTS, 'w')); 1 / 0",
         "three, 2,2,2 alone": "pass",
@@ -61,7 +65,9 @@ def test_what_a_failed_step_left_out_runs_alone(tmp_path):
     assert [d.name for d in done[1:]] == list(programs)[1:]
     assert "ZeroDivisionError" in done[0].words
     assert json.loads((tmp_path / "steps.json").read_text())[0]["status"] == "failed"
-    assert "| m " in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "| m " in report
+    assert "3,000.0 GB/s" in report
 
 
 def test_a_slow_step_is_ended(tmp_path):
