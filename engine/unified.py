@@ -108,8 +108,6 @@ def write_config(
     algorithm: str | None,
 ) -> dict[str, Any]:
     """The config.json of a checkpoint; UserError for a RoPE scaling the library does not have."""
-    is_awq = quant.algorithm is Algorithm.W4A16_AWQ
-    is_grouped = bool(quant.group_size)
     return {
         "architecture": ARCHITECTURE,
         "dtype": dtype,
@@ -136,15 +134,19 @@ def write_config(
         "residual_mlp": False,
         "disable_weight_only_quant_plugin": False,
         "mapping": {"world_size": mapping.world, "tp_size": mapping.tp, "pp_size": mapping.pp},
-        "quantization": {
-            "quant_algo": algorithm,
-            "kv_cache_quant_algo": KV_ALGORITHMS[quant.kv],
-            "group_size": quant.group_size or DEFAULT_GROUP_SIZE,
-            "smoothquant_val": None,
-            "has_zero_point": is_grouped and not is_awq,
-            "pre_quant_scale": is_awq,
-            "exclude_modules": None if algorithm is None else ["lm_head"],
-        },
+        "quantization": _write_quant(quant, algorithm),
+    }
+
+
+def _write_quant(quant: QuantConfig, algorithm: str | None) -> dict[str, Any]:
+    return {
+        "quant_algo": algorithm,
+        "kv_cache_quant_algo": KV_ALGORITHMS[quant.kv],
+        "group_size": quant.group_size or DEFAULT_GROUP_SIZE,
+        "smoothquant_val": None,
+        "has_zero_point": quant.algorithm is Algorithm.W4A16_GPTQ,
+        "pre_quant_scale": quant.algorithm is Algorithm.W4A16_AWQ,
+        "exclude_modules": None if algorithm is None else ["lm_head"],
     }
 
 

@@ -206,7 +206,8 @@ def _check_output(output_dir: Path) -> None:
         config = json.loads((output_dir / CONFIG_NAME).read_text())
     except (OSError, ValueError):
         return
-    if isinstance(config, dict) and ("architectures" in config or "model_type" in config):
+    marks = ("architectures", "model_type", "architecture")
+    if isinstance(config, dict) and any(mark in config for mark in marks):
         raise UserError(
             f"--output_dir {output_dir} holds a checkpoint, whose {CONFIG_NAME} the engine's would "
             "replace; choose another directory"

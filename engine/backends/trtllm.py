@@ -140,27 +140,9 @@ def _open_runner(
             f"tensorrt_llm {getattr(library, '__version__', '')} has no TensorRT engines any more; "
             "install a version below 1.3 (requirements-tensorrt.txt)"
         )
-    limits, accepted = record.limits, inspect.signature(kind.from_dir).parameters
-    wanted: dict[str, Any] = {
-        "rank": world.rank,
-        "max_batch_size": limits.max_batch_size,
-        "max_input_len": limits.max_input_len,
-        "max_output_len": limits.max_output_len,
-        "max_beam_width": limits.max_beam_width,
-    }
-    given = {name: value for name, value in wanted.items() if name in accepted}
-    if max_attention_window is not None:
-        name = "max_attention_window_size"
-        if name not in accepted:
-            raise UserError(
-                f"--{name} {max_attention_window}: the {kind.__name__} of this TensorRT-LLM has "
-                "no such setting; leave it out"
-            )
-        # One window for all layers, or since 0.12 a list of them that repeats.
-        is_list = "list[" in str(accepted[name].annotation).lower()
-        given[name] = [max_attention_window] if is_list else max_attention_window
+    options = _runner_options(kind, record, world, max_attention_window)
     try:
-        runner = kind.from_dir(engine_dir=str(engine_dir), **given)
+        runner = kind.from_dir(engine_dir=str(engine_dir), **options)
     except (RuntimeError, AssertionError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
@@ -169,6 +151,33 @@ def _open_runner(
             "and on this kind of GPU"
         ) from None
     return Runner(runner, is_cpp, _known_settings(library, is_cpp))
+
+
+def _runner_options(
+    kind: type, record: EngineRecord, world: comm.World, max_attention_window: int | None
+) -> dict[str, Any]:
+    """What the runner of this version takes of the rank, the limits and the window."""
+    accepted = inspect.signature(kind.from_dir).parameters
+    limits = record.limits
+    wanted: dict[str, Any] = {
+        "rank": world.rank,
+        "max_batch_size": limits.max_batch_size,
+        "max_input_len": limits.max_input_len,
+        "max_output_len": limits.max_output_len,
+        "max_beam_width": limits.max_beam_width,
+    }
+    options = {name: value for name, value in wanted.items() if name in accepted}
+    if max_attention_window is not None:
+        name = "max_attention_window_size"
+        if name not in accepted:
+            raise UserError(
+                f"--{name} {max_attention_window}: the {kind.__name__} of this TensorRT-LLM has "
+                "no such setting; leave it out"
+            )
+        # Early versions have one window for all layers, later ones a list that repeats.
+        is_list = "list[" in str(accepted[name].annotation).lower()
+        options[name] = [max_attention_window] if is_list else max_attention_window
+    return options
 
 
 def _known_settings(library: Any, is_cpp: bool) -> frozenset[str]:

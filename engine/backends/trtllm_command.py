@@ -52,6 +52,7 @@ OPTIONS = (
     Option("builder_opt", ("--builder_opt",), "{value}"),
     Option("visualize", ("--visualize_network",), "{output}"),
     Option("enable_debug_output", ("--enable_debug_output",)),
+    Option("disable_weight_only_quant_plugin", ()),
 )
 
 

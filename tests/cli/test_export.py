@@ -7,8 +7,11 @@ own exports (tests/data/quantized/modelopt-unified-*) hold is the truth for name
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+import shlex
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import build as build_script
+from engine.checkpoint.open import Paths, open_source
+from engine.quant import QuantConfig
+from engine.weights.numerics import dequantize
 from tests.cli.build_runner import Finished, contents, run_here
 from tests.conftest import ROOT
 from tests.ft_golden import Shape, golden_files, upstream_fields, write_folder
@@ -49,9 +56,6 @@ def assert_same(one: Path, other: Path) -> None:
         for name, tensor in ours.items():
             assert tensor.dtype == theirs[name].dtype, name
             assert torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8)), name
-
-
-Source = Callable[[Path], Sequence[str | Path]]
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +367,39 @@ def test_gptq_needs_the_library(tmp_path):
     assert not out.exists()
 
 
+def test_gptq_with_the_librarys_op(tmp_path, monkeypatch):
+    """With an op that only packs two columns a byte: (code - 8) · scale + zero is the matrix."""
+
+    def pack(codes_KN: Tensor) -> Tensor:
+        assert codes_KN.dtype == torch.int8
+        return (codes_KN[:, ::2] & 15) | (codes_KN[:, 1::2] << 4)
+
+    operators = SimpleNamespace(
+        pack_int8_tensor_to_packed_int4=pack,
+        preprocess_weights_for_mixed_gemm=lambda packed, kind, dtype: packed,
+    )
+    monkeypatch.setattr(torch.ops, "trtllm", operators, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", ModuleType("tensorrt_llm"))
+    asymmetric = DATA / "compressed-tensors-w4a16-asym"
+    built("--model_dir", asymmetric, "--export_checkpoint", tmp_path)
+    [own] = ranks(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert (config["quant_algo"], config["has_zero_point"]) == ("W4A16_GPTQ", True)
+    stem = "transformer.layers.0.mlp.proj"
+    assert own[f"{stem}.weight"].dtype == torch.float16
+    assert own[f"{stem}.weight"].shape == (128, 64), "[in, out / 4]"
+    packed = own[f"{stem}.weight"].view(torch.int8)
+    codes = torch.stack((packed << 4 >> 4, packed >> 4), 2).flatten(1).float()
+    groups = own[f"{stem}.zero"].shape[0]
+    scale, zero = (
+        own[f"{stem}.{name}"].float().repeat_interleave(128 // groups, 0)
+        for name in ("weights_scaling_factor", "zero")
+    )
+    with open_source(Paths(model_dir=str(asymmetric)), QuantConfig()) as checkpoint:
+        truth = dequantize(checkpoint.linear("model.layers.0.mlp.down_proj")).t()
+    torch.testing.assert_close(codes * scale + zero, truth, rtol=2e-3, atol=2e-4)
+
+
 def test_zero_points_have_no_awq_form(tmp_path):
     out = tmp_path / "out"
     asymmetric = DATA / "compressed-tensors-w4a16-asym"
@@ -381,6 +418,13 @@ def test_other_checkpoints_are_not_overwritten(hf, tmp_path, write_hf):
     assert contents(tmp_path) == before
 
 
+def test_an_engine_does_not_replace_a_unified_checkpoint(hf, tmp_path):
+    built("--model_dir", hf, "--export_checkpoint", tmp_path)
+    result = build("--checkpoint_dir", tmp_path, "--output_dir", tmp_path)
+    assert result.status == 2
+    assert f"--output_dir {tmp_path} holds a checkpoint" in result.stderr
+
+
 def test_flags_of_the_wrong_checkpoint(hf, tmp_path):
     built("--model_dir", hf, "--export_checkpoint", tmp_path / "unified")
     out = ("--output_dir", tmp_path / "engine")
@@ -397,3 +441,11 @@ def test_flags_of_the_wrong_checkpoint(hf, tmp_path):
         result = build(*flags, *out)
         assert result.status == 2
         assert message in result.stderr, result.stderr
+
+
+def test_commands_of_the_migration_page_parse():
+    text = (ROOT / "docs" / "migration.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python build\.py ([^\n`\[]+)", text)
+    assert len(commands) >= 2
+    for command in commands:
+        build_script.make_parser().parse_args(shlex.split(command))
