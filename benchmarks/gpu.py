@@ -33,7 +33,7 @@ from utils.cli import Parser, positive_float, positive_int, run_main
 ROOT = Path(__file__).resolve().parent.parent
 RAM_DISK = Path("/dev/shm")
 # Room that the RAM disk must have for an engine to be built there.
-RAM_DISK_BYTES = 40e9
+RAM_DISK_BYTES = 16e9
 DECODE, BATCH, PREFILL = "1,1024,128", "64,128,128", "8,2048,1"
 # With less time than this a step is not begun.
 LEAST_SECONDS = 20.0
