@@ -29,6 +29,12 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(registry, "_table", registry._table.__wrapped__)
 
 
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "_table", registry._table.__wrapped__)
+
+
 def give_capability(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
@@ -57,6 +63,7 @@ def test_a_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.select("linear", CPU) is cpu.linear
 
 
+@pytest.mark.usefixtures("without_triton")
 def test_a_foreign_device_is_refused_with_the_candidates() -> None:
     with pytest.raises(UserError) as error:
         registry.select("linear", torch.device("meta"))
