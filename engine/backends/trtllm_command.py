@@ -64,10 +64,12 @@ class Dialect:
 
     @classmethod
     def from_help(cls, text: str) -> Dialect:
-        """Read argparse's text: a flag is followed by its value's name or choices, or by none."""
+        """Read argparse's list of options, where a flag is followed by its value's name or choices,
+        or by neither; what descriptions mention is further to the right."""
         found: dict[str, bool] = {}
-        for flag, value in re.findall(r"(--\w+)(?:[ =](\{|\[?[A-Z][A-Z_]+))?", text):
-            found[flag] = found.get(flag, False) or bool(value)
+        for line in re.findall(r"^ {1,4}-.*$", text, re.MULTILINE):
+            for flag, value in re.findall(r"(--\w+)(?: (\{|\[?[A-Z][A-Z_]+))?", line):
+                found[flag] = found.get(flag, False) or bool(value)
         return cls(found)
 
     def has(self, flag: str) -> bool:

@@ -80,11 +80,11 @@ class TrtllmSession:
         generation_logits: bool = False,
     ) -> list[Result]:
         self._check(prompts, params, context_logits or generation_logits)
+        # Early versions know no such option, so it is given only where it is wanted.
+        options = {"output_generation_logits": True} if generation_logits else {}
         results: list[Result] = []
         for start, stop in self._batches(params):
-            found = self._call(
-                prompts[start:stop], params[start:stop], output_generation_logits=generation_logits
-            )
+            found = self._call(prompts[start:stop], params[start:stop], **options)
             batch = None
             if self._world.rank == LEADER:
                 asked = zip(prompts[start:stop], params[start:stop], strict=True)

@@ -92,6 +92,11 @@ def test_the_seeds_switches(name):
     assert translate(DIALECTS[name]) == EXPECTED[name]
 
 
+def test_mentioned_flags_are_not_listed_ones():
+    text = "  --max_seq_len MAX_SEQ_LEN\n                        Instead of --max_output_len N\n"
+    assert Dialect.from_help(f"usage: x\n{text}").flags == {"--max_seq_len": True}
+
+
 def test_limits_are_always_given():
     limits = BuildLimits(2, 64, 32, max_beam_width=4, max_num_tokens=100)
     found = translate(NEW, {}, replace(RECORD, limits=limits))

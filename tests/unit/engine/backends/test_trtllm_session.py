@@ -99,7 +99,6 @@ def test_greedy_answers(library):
         "temperature": 1.0,
         "output_sequence_lengths": True,
         "return_dict": True,
-        "output_generation_logits": False,
     }
     assert (first.prompt_index, second.prompt_index) == (0, 1)
     for result in (first, second):
@@ -209,6 +208,31 @@ def test_streams(library):
     assert all(r.beams[0].reason is FinishReason.LENGTH for r in steps[-1])
     with pytest.raises(RequestError, match="--streaming cannot be combined with --num_beams"):
         next(open_session().stream([[1]], [replace(GREEDY, num_beams=2)], 1))
+
+
+class Follower(World):
+    """A rank that hears what `told` holds, in order."""
+
+    rank, size = 1, 2
+
+    def __init__(self, told):
+        self.told = list(told)
+
+    def bcast(self, value, root=0):
+        assert value is None, "only the leader has answers"
+        return self.told.pop(0)
+
+
+def test_other_ranks_hear_the_leader(library, monkeypatch):
+    """The C++ runner answers on the first rank only."""
+    answers = open_session().generate(PROMPTS, [GREEDY] * 2)
+    monkeypatch.setattr(library.runner, "generate", lambda *args, **options: [])
+    record = replace(RECORD, mapping=Mapping(2, 0, 2, 1))
+    world = Follower([answers, answers, answers, None])
+    session = backend.open(Path("e"), record, world, device=None, max_attention_window=None)
+    assert session.info.mapping.rank == 1
+    assert session.generate(PROMPTS, [GREEDY] * 2) == answers
+    assert list(session.stream(PROMPTS, [GREEDY] * 2, 1)) == [answers, answers]
 
 
 def test_logits(library):
