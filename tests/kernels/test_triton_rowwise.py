@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.cache import LayerCache
 from engine.kernels import reference
 from tests.kernels.helpers import DTYPES, assert_close, poisoned, random
-from tests.kernels.triton_mode import DEVICE, prepare_interpreter
+from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
 
 prepare_interpreter()
 
@@ -191,3 +191,11 @@ def test_codes_round_to_even_and_saturate(codes: torch.dtype) -> None:
         truth = values.clamp(-limit, limit).to(codes)
     # A zero's sign has no meaning.
     assert torch.equal(stored[0, 0, 0].float(), truth[:, 0].float())
+
+
+def test_kernels_compile_without_spills() -> None:
+    """Other architectures: `python -m tests.kernels.triton_compile tests.kernels.rowwise_cases`."""
+    lines = run_compiled(
+        "tests.kernels.triton_compile", "tests.kernels.rowwise_cases", "90"
+    ).splitlines()
+    assert len(lines) == 12 and all(" 0 bytes spilled" in line for line in lines), lines
