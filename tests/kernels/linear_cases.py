@@ -65,15 +65,16 @@ def tiles(op: str, tokens: int, *, is_gated: bool, float8: bool = True) -> Case:
         "scale": None if op == "linear" else "*fp32",
         "x_scale": "*fp32" if has_codes else None, "residual": None if is_gated else "*bf16",
         "partial": ("*i32" if op == "linear_w8a8" else "*fp32") if splits > 1 else None,
-        "counters": "*i32" if splits > 1 else None, "tokens": "i32", **ROW, **STRIDES,
+        "counters": "*i32" if splits > 1 else None, "tokens": "i32", "splits": "i32",
+        **ROW, **STRIDES,
     }  # fmt: skip
     constants = {
         "GATED": is_gated, "TOKEN_SCALE": has_codes, "FLOAT8": float8,
-        "BN": config.rows, "BT": config.tokens, "BK": config.inputs, "SPLITS": splits,
+        "BN": config.rows, "BT": config.tokens, "BK": config.inputs, 
         "STAGES": config.stages, "PDL": False,
     }  # fmt: skip
     name = f"tiles {op} {tokens}"
-    return Case(name, _tiles, types, constants, {"num_warps": config.warps}, ("tokens",))
+    return Case(name, _tiles, types, constants, {"num_warps": config.warps}, ("tokens", "splits"))
 
 
 def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
@@ -86,15 +87,17 @@ def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
     types = {
         "y": dtype, "x": dtype, "codes": "*u8", "scale": "*fp16", "zero": "*u8",
         "residual": None if is_gated else dtype, "partial": "*fp32", "counters": "*i32",
-        "tokens": "i32", **BYTES, **STRIDES,
+        "tokens": "i32", "splits": "i32", **BYTES, **STRIDES,
     }  # fmt: skip
     constants = {
         "GATED": is_gated, "GROUPS": True, "HALF": 32, "ASSEMBLY": True, "BN": config.rows,
-        "BT": config.tokens, "BK": config.inputs, "SPLITS": 4, "STAGES": config.stages,
+        "BT": config.tokens, "BK": config.inputs, "STAGES": config.stages,
         "PDL": False,
     }  # fmt: skip
     name = f"tiles int4 {tokens} {dtype}"
-    return Case(name, _tiles_nibbles, types, constants, {"num_warps": config.warps}, ("tokens",))
+    return Case(
+        name, _tiles_nibbles, types, constants, {"num_warps": config.warps}, ("tokens", "splits")
+    )
 
 
 def quantize(codes: str) -> Case:

@@ -25,7 +25,7 @@ from tests.kernels.triton_mode import DEVICE, IS_INTERPRETED
 
 triton_mode.prepare_interpreter()
 
-from engine.kernels.triton import _matmul, _tactics, _weights  # noqa: E402
+from engine.kernels.triton import _matmul, _tactics, _tuning, _weights  # noqa: E402
 from engine.kernels.triton._launch import processors  # noqa: E402
 from engine.kernels.triton._product import Product  # noqa: E402
 from engine.kernels.triton._tactics import GEMV, LIBRARY, TILES, Config  # noqa: E402
@@ -271,6 +271,19 @@ def test_k_is_split_where_outputs_are_few() -> None:
     )
     assert (few, many) == (8, 1)
     assert processors(torch.device("cpu")) > 0
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="times kernels on a GPU")
+def test_tuning_keeps_a_candidate_that_is_right() -> None:
+    layer, x = make("linear_int8", 96, 512, torch.float16), random(1, 512, dtype=torch.float16)
+    products = [bound("linear_int8", layer) for _ in range(2)]
+    try:
+        config = _tuning.tune(products, x.to(DEVICE))
+        assert config == products[0].choose(x.to(DEVICE))
+        assert config in _tactics.candidates("linear_int8", 1, 96, 512)
+        assert_close(products[0](x.to(DEVICE)), x.double() @ layer.matrix.T)
+    finally:
+        _tactics._table.clear()
 
 
 MOVES = re.compile(r"(\w+)\.[\w.]+ (.*);")

@@ -27,8 +27,11 @@ COUNTERS = 2**16
 NIBBLE_ZERO = tl.constexpr(8)
 # Hopper adds float8 products with 14 bits; this many inputs at a time, then in fp32.
 FP8_SUM = tl.constexpr(128)
+# One kernel serves all numbers of these.
+VARYING = ["tokens", "splits"]
 # Accumulators that a program's registers hold.
 MAX_TILE = 128 * 128
+FOUR_WARPS_TILE = 64 * 64
 # Shared memory planned for where there is no GPU: Ampere's, of consumers.
 INTERPRETED_SHARED = 99 << 10
 IS_COMPILED = not triton.knobs.runtime.interpret
@@ -66,10 +69,10 @@ def _store_tile(
 
 @triton.jit
 def _is_last(
-    gate, up, partial, counters, row, token, outputs, tokens, split,
-    SPLITS: tl.constexpr, GATED: tl.constexpr,
+    gate, up, partial, counters, row, token, outputs, tokens, split, splits,
+    GATED: tl.constexpr,
 ):  # fmt: skip
-    """Leave this split's sums in the workspace [SPLITS, T, N]; whether all others have."""
+    """Leave this split's sums in the workspace [splits, T, N]; whether all others have."""
     inside = (row < outputs)[:, None] & (token < tokens)[None, :]
     width = outputs * 2 if GATED else outputs
     at = (split * tokens + token)[None, :] * width + row[:, None]
@@ -79,16 +82,16 @@ def _is_last(
     # The atomic is one thread's: it must not run ahead of the others' stores.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
-    return arrived == SPLITS - 1
+    return arrived == splits - 1
 
 
 @triton.jit
-def _add_splits(partial, row, token, outputs, width, tokens, SPLITS: tl.constexpr):
+def _add_splits(partial, row, token, outputs, width, tokens, splits):
     """Sums of all splits, in their order, read past the first-level cache."""
     inside = (row < outputs)[:, None] & (token < tokens)[None, :]
     at = token[None, :] * width + row[:, None]
     total = tl.load(partial + at, mask=inside, other=0, cache_modifier=".cg")
-    for _ in range(1, SPLITS):
+    for _ in range(1, splits):
         at += tokens * width
         total += tl.load(partial + at, mask=inside, other=0, cache_modifier=".cg")
     return total
@@ -97,23 +100,22 @@ def _add_splits(partial, row, token, outputs, width, tokens, SPLITS: tl.constexp
 @triton.jit
 def _finish(
     y, gate, up, scale, x_scale, residual, partial, counters, row, token, outputs, tokens,
-    y_stride, residual_stride, split,
+    y_stride, residual_stride, split, splits,
     ROW_SCALE: tl.constexpr, TOKEN_SCALE: tl.constexpr, GATED: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):  # fmt: skip
     token = token.to(tl.int64)
-    if SPLITS == 1:
+    if partial is None:
         _store_tile(
             y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride,
             residual_stride, ROW_SCALE, TOKEN_SCALE, GATED,
         )  # fmt: skip
     else:
         counters += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if _is_last(gate, up, partial, counters, row, token, outputs, tokens, split, SPLITS, GATED):
+        if _is_last(gate, up, partial, counters, row, token, outputs, tokens, split, splits, GATED):
             width = outputs * 2 if GATED else outputs
-            gate = _add_splits(partial, row, token, outputs, width, tokens, SPLITS)
+            gate = _add_splits(partial, row, token, outputs, width, tokens, splits)
             if GATED:
-                up = _add_splits(partial + outputs, row, token, outputs, width, tokens, SPLITS)
+                up = _add_splits(partial + outputs, row, token, outputs, width, tokens, splits)
             _store_tile(
                 y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride,
                 residual_stride, ROW_SCALE, TOKEN_SCALE, GATED,
@@ -140,12 +142,12 @@ def _multiply(weights, x, sums, dtype: tl.constexpr, FLOAT8: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _tiles(
     y, x, codes, scale, x_scale, residual, partial, counters,
-    tokens, outputs, inputs, x_stride, y_stride, residual_stride,
+    tokens, splits, outputs, inputs, x_stride, y_stride, residual_stride,
     GATED: tl.constexpr, TOKEN_SCALE: tl.constexpr, FLOAT8: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2)
@@ -161,7 +163,7 @@ def _tiles(
     kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     sums = tl.zeros([BN, BT], kind)
     up_sums = tl.zeros([BN, BT], kind)
-    span = tl.cdiv(tl.cdiv(inputs, BK), SPLITS) * BK
+    span = tl.cdiv(tl.cdiv(inputs, BK), splits) * BK
     for start in tl.range(split * span, min(split * span + span, inputs), BK, num_stages=STAGES):
         inside = k < inputs - start
         value = tl.load(x + start, mask=inside[:, None], other=0)  # [BK, BT]
@@ -172,7 +174,7 @@ def _tiles(
             up_sums = _multiply(tile, value, up_sums, x.dtype.element_ty, FLOAT8)
     _finish(
         y, sums, up_sums, scale, x_scale, residual, partial, counters, row, token, outputs,
-        tokens, y_stride, residual_stride, split, scale is not None, TOKEN_SCALE, GATED, SPLITS,
+        tokens, y_stride, residual_stride, split, splits, scale is not None, TOKEN_SCALE, GATED,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -198,13 +200,13 @@ def _multiply_nibbles(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _tiles_nibbles(
     y, x, codes, scale, zero, residual, partial, counters,
-    tokens, outputs, width, group_size, x_stride, y_stride, residual_stride,
+    tokens, splits, outputs, width, group_size, x_stride, y_stride, residual_stride,
     GATED: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr,
-    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`width` and HALF: bytes of a row and of a nibble block. BK divides a group, and K."""
     split = tl.program_id(2)
@@ -221,7 +223,7 @@ def _tiles_nibbles(
     x += tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * x_stride + low_input[:, None]
     sums = tl.zeros([BN, BT], tl.float32)
     up_sums = tl.zeros([BN, BT], tl.float32)
-    span = tl.cdiv(tl.cdiv(inputs, BK), SPLITS) * BK
+    span = tl.cdiv(tl.cdiv(inputs, BK), splits) * BK
     for start in tl.range(split * span, min(split * span + span, inputs), BK, num_stages=STAGES):
         low = tl.load(x + start)  # [BK/2, BT]
         high = tl.load(x + start + HALF)
@@ -238,7 +240,7 @@ def _tiles_nibbles(
             )  # fmt: skip
     _finish(
         y, sums, up_sums, scale, None, residual, partial, counters, row, token, outputs,
-        tokens, y_stride, residual_stride, split, not GROUPS, False, GATED, SPLITS,
+        tokens, y_stride, residual_stride, split, splits, not GROUPS, False, GATED,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -273,7 +275,7 @@ def multiply_tiles(
         counters = _counters(x_TK.device)
     options: dict[str, Any] = {
         "GATED": is_gated, "BN": config.rows, "BT": config.tokens, "BK": config.inputs,
-        "SPLITS": config.splits, "STAGES": config.stages, "num_warps": config.warps,
+        "STAGES": config.stages, "num_warps": config.warps,
         **launch_options(x_TK.device),
     }  # fmt: skip
     residual_stride = 0 if residual_TN is None else residual_TN.stride(0)
@@ -281,14 +283,14 @@ def multiply_tiles(
     if weights.block:
         _tiles_nibbles[grid](
             y_TN, x_TK, weights.codes, weights.scale, weights.zero_NR, residual_TN, partial,
-            counters, tokens, outputs, weights.codes.shape[1], weights.group or weights.inputs,
-            *strides,
+            counters, tokens, config.splits, outputs, weights.codes.shape[1],
+            weights.group or weights.inputs, *strides,
             GROUPS=bool(weights.group), HALF=weights.block // 2, ASSEMBLY=IS_COMPILED, **options,
         )  # fmt: skip
         return y_TN
     _tiles[grid](
         y_TN, bits_of(x_TK), bits_of(weights.codes), weights.scale, x_scale, residual_TN, partial,
-        counters, tokens, outputs, weights.inputs, *strides,
+        counters, tokens, config.splits, outputs, weights.inputs, *strides,
         TOKEN_SCALE=x_scale is not None and x_scale.numel() > 1, FLOAT8=has_float8(x_TK.device),
         **options,
     )  # fmt: skip
@@ -300,16 +302,20 @@ def fit(
 ) -> Config:
     """`config` within what weights and GPU allow: an iteration of nibbles is of one group, and
     the stages of the pipeline fit shared memory."""
-    rows, inputs = config.rows, config.inputs
+    rows, inputs, warps = config.rows, config.inputs, config.warps
+    if is_gated and rows * config.tokens * 2 > MAX_TILE:
+        rows //= 2
+    if is_gated and rows * config.tokens > FOUR_WARPS_TILE // 2:
+        # Two accumulators, and with nibbles two operands unpacked at a time.
+        warps = max(warps, 8)
+        inputs = min(inputs, 64) if weights.block else inputs
     if weights.block:
         whole = weights.group or weights.inputs
         inputs = next(size for size in (256, 128, 64, 32) if size <= inputs and whole % size == 0)
-    if is_gated and rows * config.tokens * 2 > MAX_TILE:
-        rows //= 2
     row_bytes = inputs * weights.codes.element_size() // (2 if weights.block else 1)
     stage_bytes = rows * (2 if is_gated else 1) * row_bytes + config.tokens * inputs * x_bytes
     stages = max(1, min(config.stages, shared_bytes // stage_bytes))
-    return config._replace(rows=rows, inputs=inputs, stages=stages)
+    return config._replace(rows=rows, inputs=inputs, warps=warps, stages=stages)
 
 
 @cache

@@ -37,7 +37,11 @@ class Product:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         x_TK = _with_rows(x_TK)
-        y_TN = self.run(x_TK, self.choose(x_TK))
+        return self.apply(x_TK, self.choose(x_TK))
+
+    def apply(self, x_TK: Tensor, config: Config) -> Tensor:
+        """y by the kernel of `config`, or by a library where it has none."""
+        y_TN = self.run(x_TK, config)
         return self._by_library(x_TK) if y_TN is None else y_TN
 
     def fused(

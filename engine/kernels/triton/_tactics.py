@@ -21,6 +21,8 @@ FEW_TOKENS = 128
 MAX_SPLITS = 16
 # Programs that each multiprocessor should get before K is no longer split.
 PROGRAMS_PER_PROCESSOR = 2
+# More programs than this are not measured: any GPU is full.
+MAX_PROGRAMS = 1024
 # Iterations a split of K must keep, to fill its software pipeline.
 MIN_ITERATIONS = 2
 
@@ -60,7 +62,7 @@ def token_bucket(tokens: int) -> int:
 
 def candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
     """Every configuration worth measuring; the first is the default, but for its splits."""
-    few = _few_candidates(tokens, inputs)
+    few = _few_candidates(tokens, outputs, inputs)
     if op in ACTIVATION_CODES:
         return few if tokens <= 64 else _many_candidates()
     gemv = _gemv_candidates(op) if tokens == 1 else ()
@@ -105,13 +107,14 @@ def _gemv_candidates(op: str) -> tuple[Config, ...]:
     return tuple(Config(GEMV, rows, 32 * warps * lane, warps) for rows, warps in _GEMV_ROWS_WARPS)
 
 
-def _few_candidates(tokens: int, inputs: int) -> tuple[Config, ...]:
+def _few_candidates(tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
     padded = next((size for size in (16, 32, 64) if tokens <= size), 64)
     return tuple(
         Config(TILES, rows, span, warps, stages, padded, splits)
         for rows, span, warps, stages in _FEW
         for splits in (1, 2, 4, 8)
-        if splits * span * MIN_ITERATIONS <= inputs or splits == 1
+        if splits == 1
+        or (splits * span * MIN_ITERATIONS <= inputs and splits * outputs <= MAX_PROGRAMS * rows)
     )
 
 

@@ -1,0 +1,67 @@
+"""Measuring the candidates of a linear layer on this GPU, for builds and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.kernels.triton._product import Product
+from engine.kernels.triton._tactics import Config, candidates, record
+
+# A time is the least of this many batches of replays.
+BATCHES, REPLAYS = 5, 4
+# A configuration that a kernel cannot have on this GPU is no candidate.
+UNFIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
+
+
+def replay_us(runs: Sequence[Callable[[], Any]]) -> float:
+    """Microseconds of one of `runs`, which a CUDA graph makes one after the other.
+
+    They read different weights, together more than the second-level cache, as the layers of a
+    model do. Not while serving: it waits for the device.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        runs[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    graph.replay()
+    times = []
+    for _ in range(BATCHES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (REPLAYS * len(runs)))
+    return min(times)
+
+
+def tune(
+    products: Sequence[Product], x_TK: Tensor, report: Callable[[str], None] = lambda line: None
+) -> Config:
+    """Measure every candidate for x on layers of one shape, and keep the fastest in the table."""
+    first = products[0]
+    shape = (len(x_TK), first.weights.outputs, first.weights.inputs)
+    best, best_us = None, float("inf")
+    for config in candidates(first.op, *shape):
+        try:
+            us = replay_us([lambda p=p, c=config: p.apply(x_TK, c) for p in products])
+        except UNFIT as error:
+            report(f"{config}: {type(error).__name__}")
+            continue
+        report(f"{us:9.2f} us {'/'.join(map(str, config))}")
+        if us < best_us:
+            best, best_us = config, us
+    assert best is not None, f"no candidate of {first.op} runs on this GPU"
+    record(first.op, *shape, best)
+    return best
