@@ -306,9 +306,9 @@ def fit(
     if is_gated and rows * config.tokens * 2 > MAX_TILE:
         rows //= 2
     if is_gated and rows * config.tokens > FOUR_WARPS_TILE // 2:
-        # Two accumulators, and with nibbles two operands unpacked at a time.
+        # Two accumulators, and beside them an operand that is widened in registers.
         warps = max(warps, 8)
-        inputs = min(inputs, 64) if weights.block else inputs
+        inputs = min(inputs, 64) if weights.codes.element_size() < x_bytes else inputs
     if weights.block:
         whole = weights.group or weights.inputs
         inputs = next(size for size in (256, 128, 64, 32) if size <= inputs and whole % size == 0)
