@@ -25,13 +25,19 @@ from tests.golden.truth import TINY_YI, load_model
 
 INT8_MAX, FP8_MAX = 127, 448.0
 LEAST_RANGE = 1e-6
+ROW_PARALLEL = ("attn.out", "mlp.down")
 Arrays = dict[str, Tensor]
 
 
 class QuantisedTruth:
-    """tiny-yi with the weights of a one-rank engine, as transformers computes it in fp32."""
+    """tiny-yi with the weights of a one-rank engine, as transformers computes it in fp32.
 
-    def __init__(self, engine_dir: Path):
+    `parts`: ranks among which tensor parallelism cuts the inputs of o_proj and down_proj; a scale
+    found at run time is then each rank's own.
+    """
+
+    def __init__(self, engine_dir: Path, parts: int = 1):
+        self._parts = parts
         config = json.loads((engine_dir / "config.json").read_text())["engine"]
         [file] = config["files"]
         self._arrays = load_file(engine_dir / file["name"])
@@ -50,10 +56,11 @@ class QuantisedTruth:
         ):
             arrays = self._at(f"{prefix}{name}.")
             weight_NK = dequantise(arrays)
-            parts = weight_NK.split([module.out_features for module in modules])
-            for module, part in zip(modules, parts, strict=True):
-                module.weight = nn.Parameter(part.clone(), requires_grad=False)
-                module.register_forward_pre_hook(_rounding(arrays, self._quant))
+            weights = weight_NK.split([module.out_features for module in modules])
+            for module, weight in zip(modules, weights, strict=True):
+                module.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                parts = self._parts if name in ROW_PARALLEL else 1
+                module.register_forward_pre_hook(_rounding(arrays, self._quant, parts))
         norms = (("attn_norm", layer.input_layernorm), ("mlp_norm", layer.post_attention_layernorm))
         for name, norm in norms:
             norm.weight = nn.Parameter(self._arrays[f"{prefix}{name}.weight"].float())
@@ -121,7 +128,7 @@ def dequantise(arrays: Arrays) -> Tensor:
     return (values_NK - spread[0]) * spread[1]
 
 
-def _rounding(arrays: Arrays, quant: dict[str, Any]) -> Callable[..., tuple[Tensor]]:
+def _rounding(arrays: Arrays, quant: dict[str, Any], parts: int) -> Callable[..., tuple[Tensor]]:
     """What the engine does to a layer's input before the product, as a forward pre-hook."""
     kind = {"w8a8_sq": "int8", "fp8": "fp8"}.get(quant["algorithm"])
 
@@ -136,7 +143,9 @@ def _rounding(arrays: Arrays, quant: dict[str, Any]) -> Callable[..., tuple[Tens
         scale = arrays.get("input_scale")
         if scale is None:
             largest = {"int8": INT8_MAX, "fp8": FP8_MAX}[kind]
-            scale = x.abs().amax(-1, keepdim=True).clamp(min=LEAST_RANGE) / largest
+            pieces = x.unflatten(-1, (parts, -1))
+            scale = pieces.abs().amax(-1, keepdim=True).clamp(min=LEAST_RANGE) / largest
+            return (fake(pieces, scale, kind).flatten(-2),)
         return (fake(x, scale, kind),)
 
     return hook
