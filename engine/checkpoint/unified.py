@@ -6,10 +6,11 @@ The ranks' parts are joined, and q, k and v taken apart, while ranges of rows ar
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping as Names
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine import unified
 from engine.checkpoint.base import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, TensorSource
@@ -19,7 +20,7 @@ from engine.checkpoint.quant_settings import Settings
 from engine.checkpoint.quantised import QuantisedCheckpoint
 from engine.checkpoint.safetensors_file import SafetensorsFile
 from engine.checkpoint.unified_form import TO_INT8, Form, Stored, read_form
-from engine.checkpoint.windows import Agreed, Joined, Viewed, Window
+from engine.checkpoint.windows import Agreed, Joined, Viewed, Window, require_dims
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.mapping import Mapping, Span
@@ -78,9 +79,7 @@ def open_unified(folder: Path) -> Checkpoint:
             stack.enter_context(closing(SafetensorsFile(_find_file(folder, mapping, rank))))
             for rank in range(mapping.world)
         ]
-        embedding_dim = raw.get("embedding_sharding_dim", 0)
-        is_cut = raw.get("use_parallel_embedding", False)
-        collector = _Collector(config, mapping, form, embedding_dim if is_cut else None)
+        collector = _Collector(config, mapping, form, _embedding_dim(raw, str(path)))
         collector.collect(files)
         options = {
             "generation": read_generation(folder, {}),
@@ -95,6 +94,19 @@ def open_unified(folder: Path) -> Checkpoint:
         )
     checkpoint.is_rope_known = raw.get("rotary_base") is not None
     return checkpoint
+
+
+def _embedding_dim(raw: Names[str, Any], where: str) -> int | None:
+    """Along which dimension the ranks' embedding tables are joined; None where each is whole."""
+    if not raw.get("use_parallel_embedding", False):
+        return None
+    dim = raw.get("embedding_sharding_dim", 0)
+    if type(dim) is not int or dim not in (0, 1):
+        raise CheckpointError(
+            f"{where}: embedding_sharding_dim {dim!r} is neither 0 (vocabulary) nor 1 (hidden "
+            "size); write the file again"
+        )
+    return dim
 
 
 def _find_file(folder: Path, mapping: Mapping, rank: int) -> Path:
@@ -207,6 +219,7 @@ class _Collector:
         repeats = max(self.mapping.tp // self.config.num_kv_heads, 1)
         found: tuple[list[TensorSource], ...] = ([], [], [])
         for rank, part in enumerate(parts):
+            require_dims(part, axis + 1)
             packed, rest = divmod(sum(sizes), part.shape[axis])
             if rest:
                 raise CheckpointError(

@@ -34,6 +34,7 @@ class Joined(TensorSource):
     def __init__(self, parts: Sequence[TensorSource], dim: int) -> None:
         first = parts[0]
         _require_alike(parts)
+        require_dims(first, dim + 1)
         self.name, self.dtype, self.origin = first.name, first.dtype, first.origin
         size = len(parts) * first.shape[dim]
         self.shape = (*first.shape[:dim], size, *first.shape[dim + 1 :])
@@ -83,6 +84,15 @@ class Agreed(TensorSource):
                     "once"
                 )
         return value
+
+
+def require_dims(source: TensorSource, least: int) -> None:
+    """Raise CheckpointError unless the tensor has `least` dimensions, none of them empty."""
+    if len(source.shape) < least or 0 in source.shape:
+        raise CheckpointError(
+            f"{source.origin}: tensor {source.name!r} has shape {list(source.shape)} where one of "
+            f"at least {least} dimensions is needed; convert the model again"
+        )
 
 
 def _require_alike(parts: Sequence[TensorSource]) -> None:

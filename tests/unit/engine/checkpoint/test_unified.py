@@ -187,7 +187,25 @@ def with_a_stranger(folder: Path) -> None:
         save_file(tensors, folder / f"rank{rank}.safetensors")
 
 
+def flattened(name: str) -> Callable[[Path], None]:
+    def flatten(folder: Path) -> None:
+        for rank in range(2):
+            tensors = stored("modelopt-unified-fp8-tp2", rank)
+            tensors[name] = tensors[name].flatten()
+            save_file(tensors, folder / f"rank{rank}.safetensors")
+
+    return flatten
+
+
+def with_a_third_dimension(folder: Path) -> None:
+    edit(folder, embedding_sharding_dim=2)
+
+
 DAMAGES = [
+    (flattened(f"{LAYER}attention.qkv.weight"), r"qkv.weight' has shape \[49152\]"),
+    (flattened(f"{LAYER}attention.dense.weight"), "dense.weight' .* at least 2 dimensions"),
+    (flattened("lm_head.weight"), r"'lm_head.weight' has shape \[8192\]"),
+    (with_a_third_dimension, "embedding_sharding_dim 2 is neither 0 .* nor 1"),
     (without_rank, "rank1.safetensors: is missing although config.json says .* 2 ranks"),
     (with_another_rank, "rank1.safetensors: has no tensor .*mlp.fc.weight' although rank0"),
     (with_more_heads, r"attention.qkv.weight' has shape \[192, 256\] but .* 320 rows of q, k and"),
