@@ -43,12 +43,12 @@ def gemv(op: str, *, is_gated: bool) -> Case:
 def gemv_nibbles(*, is_gated: bool) -> Case:
     config = candidates("linear_int4_groups", 1, OUTPUTS, INPUTS)[0]
     types = {
-        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*u8",
+        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*i32",
         "scale": "*fp16", "zero": "*u8", "eps": "fp32", **BYTES,
     }  # fmt: skip
     constants = {
-        "GATED": is_gated, "HAS_GROUPS": True, "HALF": 32,
-        "BN": config.rows // (1 + is_gated), "BK": config.inputs, "VEC": 16, "PDL": False,
+        "GATED": is_gated, "HAS_GROUPS": True, "HALF": 32, "BN": config.rows // (1 + is_gated),
+        "C": config.inputs // 32, "ASSEMBLY": True, "PDL": False,
     }  # fmt: skip
     return Case("gemv int4", _gemv_nibbles, types, constants, {"num_warps": config.warps})
 

@@ -21,10 +21,17 @@ from torch import Tensor
 from engine.kernels.triton._codes import decode
 from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._tactics import Config
-from engine.kernels.triton._weights import Weights, sixteen_plus
+from engine.kernels.triton._weights import Weights, between
 
 CHUNK_BYTES = 16
-NIBBLE_ZERO = tl.constexpr(8)
+IS_COMPILED = not triton.knobs.runtime.interpret
+CHUNK_CODES = 2 * CHUNK_BYTES
+NIBBLE_ZERO = tl.constexpr(8.0)
+# A nibble stays where it is in a word, but for one shift a byte: in bits 12…15 of the mantissa of
+# 2^11, or 16…19 of that of 2^7, it counts ones. One instruction puts it there; the offset is
+# taken off the sum of many, or of each where fp32 tokens ask for all their bits.
+LOW_BITS, LOW_OFFSET = tl.constexpr(0x45000000), tl.constexpr(2048.0)
+HIGH_BITS, HIGH_OFFSET = tl.constexpr(0x43000000), tl.constexpr(128.0)
 
 
 @triton.jit
@@ -111,65 +118,108 @@ def _gemv(
 
 
 @triton.jit
+def _load_words(codes, row, inside, chunk, width):
+    """Chunks `chunk` [C] of four words of eight nibbles, of rows [BN]: int32 [C, BN, 4]."""
+    column = chunk[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+    mask = inside[None, :, None] & (column < width)
+    at = row[None, :, None] * width + column
+    return tl.load(codes + at, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_quarter(x, norm, column, inputs):
+    """x · norm fp32 of the low [C, 1, 4] and the high nibbles of one byte of each word, and the
+    sum of their x² for the norm; `column` holds both inputs."""
+    low, low_square = _load_input(x, norm, column[0], inputs)
+    high, high_square = _load_input(x, norm, column[1], inputs)
+    return low, high, low_square + high_square
+
+
+@triton.jit
+def _add_byte(words, low, high, sums, SHIFT: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """sums + the products of one byte of each word, moved left by SHIFT bits, with low and high."""
+    words = words << SHIFT if SHIFT > 0 else words >> -SHIFT
+    low_codes = between(words, LOW_BITS, True, ASM)
+    high_codes = between(words, HIGH_BITS, False, ASM)
+    if EXACT:
+        low_codes -= LOW_OFFSET
+        high_codes -= HIGH_OFFSET
+    return tl.fma(high_codes, high, tl.fma(low_codes, low, sums))
+
+
+@triton.jit
 def _nibble_sums(
-    tile, low, high, total, scale, zero, at, inside, HAS_GROUPS: tl.constexpr
+    words, x0, x1, x2, x3, low_total, high_total, scale, zero, at, inside,
+    HAS_GROUPS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Σ (code - zero) · x of each chunk [C, BN], scaled if scales belong to groups."""
-    wide = tile.to(tl.int32)
-    products = sixteen_plus(wide & 15) * low + sixteen_plus(wide >> 4) * high
-    sums = tl.sum(products, axis=2)  # [C, BN]
-    if zero is None:
-        sums -= (16.0 + NIBBLE_ZERO) * total
-    else:
-        sums -= (tl.load(zero + at, mask=inside, other=0).to(tl.float32) + 16.0) * total
+    sums = tl.zeros(words.shape, tl.float32)
+    sums = _add_byte(words, x0[0], x0[1], sums, 12, EXACT, ASM)
+    sums = _add_byte(words, x1[0], x1[1], sums, 4, EXACT, ASM)
+    sums = _add_byte(words, x2[0], x2[1], sums, -4, EXACT, ASM)
+    sums = _add_byte(words, x3[0], x3[1], sums, -12, EXACT, ASM)
+    zeros = (
+        NIBBLE_ZERO if zero is None else tl.load(zero + at, mask=inside, other=0.0).to(tl.float32)
+    )
+    total = tl.sum(sums, axis=2) - zeros * (low_total + high_total)
+    if not EXACT:
+        total -= LOW_OFFSET * low_total + HIGH_OFFSET * high_total
     if HAS_GROUPS:
-        sums *= tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-    return sums
+        total *= tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
 def _gemv_nibbles(
     y, x, codes, scale, zero, norm, residual, outputs, width, group_size, eps,
     GATED: tl.constexpr, HAS_GROUPS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`width` and HALF: bytes of a row and of a nibble block. A chunk lies within a block, and so
-    within one group."""
-    C: tl.constexpr = BK // 2 // VEC
+    """`width`: words of a row; HALF: bytes of a nibble block; C chunks of 16 bytes an iteration. A
+    chunk lies within a block, and so within one group."""
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = row < outputs
     lane = tl.arange(0, C)
-    inputs = width * 2
+    inputs = width * 8
     groups = inputs // group_size
-    tile = _load_chunks(codes, row, inside, lane, width, VEC)  # [C, BN, VEC]
+    tile = _load_words(codes, row, inside, lane, width)  # [C, BN, 4]
     if GATED:
-        up_tile = _load_chunks(codes, row + outputs, inside, lane, width, VEC)
+        up_tile = _load_words(codes, row + outputs, inside, lane, width)
     if PDL:
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([C, BN], tl.float32)
     up_sums = tl.zeros([C, BN], tl.float32)
     squares = tl.zeros([C, 1], tl.float32)
-    for start in range(0, width, C * VEC):
-        chunk = start // VEC + lane
+    for start in range(0, width // 4, C):
+        chunk = start + lane
         # The input of a chunk's first low nibble; that of its high one is HALF further on.
-        first = chunk * VEC // HALF * (2 * HALF) + chunk * VEC % HALF
-        column = first[:, None, None] + tl.arange(0, VEC)[None, None, :]
-        low, low_square = _load_input(x, norm, column, inputs)  # [C, 1, VEC]
-        high, high_square = _load_input(x, norm, column + HALF, inputs)
+        first = chunk * 16 // HALF * (2 * HALF) + chunk * 16 % HALF
+        low = first[:, None, None] + 4 * tl.arange(0, 4)[None, None, :]
+        high = low + HALF
+        x0 = _load_quarter(x, norm, (low, high), inputs)  # each [C, 1, 4]
+        x1 = _load_quarter(x, norm, (low + 1, high + 1), inputs)
+        x2 = _load_quarter(x, norm, (low + 2, high + 2), inputs)
+        x3 = _load_quarter(x, norm, (low + 3, high + 3), inputs)
+        low_total = tl.sum(x0[0] + x1[0] + x2[0] + x3[0], axis=2)  # [C, 1]
+        high_total = tl.sum(x0[1] + x1[1] + x2[1] + x3[1], axis=2)
         if norm is not None:
-            squares += tl.sum(low_square + high_square, axis=2)
-        total = tl.sum(low + high, axis=2)  # [C, 1]
+            squares += tl.sum(x0[2] + x1[2] + x2[2] + x3[2], axis=2)
         group = (first // group_size)[:, None]
-        at = row[None, :] * groups + group
         mask = inside[None, :] & (first < inputs)[:, None]
         present = tile
-        tile = _load_chunks(codes, row, inside, chunk + C, width, VEC)
-        sums += _nibble_sums(present, low, high, total, scale, zero, at, mask, HAS_GROUPS)
+        tile = _load_words(codes, row, inside, chunk + C, width)
+        sums += _nibble_sums(
+            present, x0, x1, x2, x3, low_total, high_total, scale, zero,
+            row[None, :] * groups + group, mask, HAS_GROUPS, EXACT, ASSEMBLY,
+        )  # fmt: skip
         if GATED:
-            at = (row[None, :] + outputs) * groups + group
             present = up_tile
-            up_tile = _load_chunks(codes, row + outputs, inside, chunk + C, width, VEC)
-            up_sums += _nibble_sums(present, low, high, total, scale, zero, at, mask, HAS_GROUPS)
+            up_tile = _load_words(codes, row + outputs, inside, chunk + C, width)
+            up_sums += _nibble_sums(
+                present, x0, x1, x2, x3, low_total, high_total, scale, zero,
+                (row[None, :] + outputs) * groups + group, mask, HAS_GROUPS, EXACT, ASSEMBLY,
+            )  # fmt: skip
     _finish_row(
         y, tl.sum(sums, axis=0), tl.sum(up_sums, axis=0), scale, squares, residual,
         row, inside, outputs, inputs, eps, not HAS_GROUPS, norm is not None, GATED,
@@ -194,11 +244,9 @@ def multiply_token(
     norm_K, eps = (None, 0.0) if norm is None else norm
     # A gated program has two rows for each result.
     rows = max(1, config.rows // 2) if is_gated else config.rows
-    options: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "GATED": is_gated,
         "BN": rows,
-        "BK": _span(weights, config),
-        "VEC": CHUNK_BYTES // weights.codes.element_size(),
         "num_warps": config.warps,
         **launch_options(x_1K.device),
     }
@@ -206,13 +254,16 @@ def multiply_token(
     if not weights.block:
         _gemv[grid](
             y_1N, x_1K, weights.codes, weights.scale, norm_K, residual_1N,
-            outputs, weights.inputs, eps, **options,
+            outputs, weights.inputs, eps, BK=_span(weights, config),
+            VEC=CHUNK_BYTES // weights.codes.element_size(), **shared,
         )  # fmt: skip
         return y_1N
+    words = weights.codes.view(torch.int32)
     _gemv_nibbles[grid](
-        y_1N, x_1K, weights.codes, weights.scale, weights.zero_NR, norm_K, residual_1N,
-        outputs, weights.codes.shape[1], weights.group or weights.inputs, eps,
-        HAS_GROUPS=bool(weights.group), HALF=weights.block // 2, **options,
+        y_1N, x_1K, words, weights.scale, weights.zero_NR, norm_K, residual_1N,
+        outputs, words.shape[1], weights.group or weights.inputs, eps,
+        HAS_GROUPS=bool(weights.group), HALF=weights.block // 2,
+        C=_span(weights, config) // CHUNK_CODES, ASSEMBLY=IS_COMPILED, **shared,
     )  # fmt: skip
     return y_1N
 

@@ -48,6 +48,8 @@ _table: dict[Key, Config] = {}
 # inputs / warps / bytes of a code: a lane loads 16 bytes at a time, so an iteration of W warps
 # takes 512 W bytes of each row.
 _GEMV_ROWS_WARPS = ((4, 4), (8, 4), (2, 4), (4, 2), (8, 2), (4, 8), (16, 4))
+# Nibbles take more instructions for the token than for the weights, so rows share them.
+_NIBBLES_ROWS_WARPS = ((8, 2), (8, 1), (16, 1), (8, 4), (4, 2), (4, 4), (16, 2))
 _CODES_PER_LANE = {"linear": 8, "linear_int8": 16, "linear_int4": 32, "linear_int4_groups": 32}
 
 # rows, inputs, warps, stages for few tokens; weights are the wide operand.
@@ -104,7 +106,8 @@ def record(op: str, tokens: int, outputs: int, inputs: int, config: Config) -> N
 
 def _gemv_candidates(op: str) -> tuple[Config, ...]:
     lane = _CODES_PER_LANE[op]
-    return tuple(Config(GEMV, rows, 32 * warps * lane, warps) for rows, warps in _GEMV_ROWS_WARPS)
+    sizes = _NIBBLES_ROWS_WARPS if op in NIBBLES else _GEMV_ROWS_WARPS
+    return tuple(Config(GEMV, rows, 32 * warps * lane, warps) for rows, warps in sizes)
 
 
 def _few_candidates(tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:

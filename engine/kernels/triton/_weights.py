@@ -9,9 +9,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import jit
 
-# A nibble in the highest bits of the mantissa of 16.0 makes 16 + code in fp32.
-SIXTEEN_BITS = tl.constexpr(0x41800000)
-SIXTEEN_SHIFT = tl.constexpr(19)
+# (a & mask) | c, where the compiler, for two constants, would take two instructions.
+_AND_OR = "lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;"
+AND_OR_REGISTERS = tl.constexpr("=r,r,r")
+LOW_MASK, HIGH_MASK = tl.constexpr(0xF000), tl.constexpr(0xF0000)
+AND_OR_LOW, AND_OR_HIGH = (tl.constexpr(_AND_OR.format(mask=m)) for m in (0xF000, 0xF0000))
 
 # 128 (bf16) and 1024 (fp16) have steps of 1: or-ing a code into the last bits adds it. $0 and $1
 # are the low nibbles of four bytes $4, $2 and $3 the high ones, less the zeros $5, which differ
@@ -82,10 +84,17 @@ def bits_of(codes: Tensor) -> Tensor:
 
 
 @jit
-def sixteen_plus(nibbles):
-    """int32 0…15 → fp32 16 … 31. Two instructions; a conversion of integers costs four times as
-    many cycles, and the 16 is taken off the sum of many."""
-    return ((nibbles << SIXTEEN_SHIFT) | SIXTEEN_BITS).to(tl.float32, bitcast=True)
+def between(words, bits: tl.constexpr, LOW: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """int32 → fp32 of the bits (words & mask) | bits; the mask is LOW_MASK or HIGH_MASK."""
+    if ASSEMBLY:
+        asm: tl.constexpr = AND_OR_LOW if LOW else AND_OR_HIGH
+        ored = tl.full(words.shape, bits, tl.int32)
+        found = tl.inline_asm_elementwise(asm, AND_OR_REGISTERS, [words, ored], tl.int32, True, 1)
+    elif LOW:
+        found = (words & LOW_MASK) | bits
+    else:
+        found = (words & HIGH_MASK) | bits
+    return found.to(tl.float32, bitcast=True)
 
 
 @jit
