@@ -39,8 +39,9 @@ CACHES = {
 }
 # Of fp32 sums in another order. Where one puts a value on the other side of a tie, its code and
 # with it the logits change visibly, as they do between transformers in fp32 and fp64: hence a
-# limit for most prompts and one for all.
-MOST_LIMIT, LIMIT = 1e-5, 1e-3
+# limit for most prompts and one for all. A GPU's sums are in an order further from that of
+# transformers on the CPU, so more of the prompts have such a value.
+MOST_LIMITS, LIMIT = {"cpu": 1e-5, "cuda": 1e-4}, 1e-3
 NEW_TOKENS = 16
 PROMPTS = truth.cut_prompts((2, 21, 5, 64, 9, 144, 13), start=9000)
 
@@ -116,7 +117,7 @@ def test_agrees_with_rounded_transformers(
     after_them = [slice(len(p) - 1, len(p) - 1 + NEW_TOKENS) for p in PROMPTS]
     for found, places in ((scores, in_prompts), (answers.logits, after_them)):
         wanted = [logits[place] for logits, place in zip(rounded, places, strict=True)]
-        assert median(map(error, found, wanted)) <= MOST_LIMIT
+        assert median(map(error, found, wanted)) <= MOST_LIMITS[device]
         assert error(torch.cat(found), torch.cat(wanted)) <= LIMIT
     # The roundings are there.
     assert error(torch.cat(exact), torch.cat(rounded)) > 10 * LIMIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -151,6 +152,19 @@ def make_scene(
     )
     layer = LayerCache(*storage.to(device), *(scale_G.to(device) for scale_G in scales_2G))
     return Scene(q_THD.to(device), layer, batch, keys, values)
+
+
+def part_of(batch: Attending, start: int, stop: int, *, window: int | None) -> Attending:
+    """The step that has the tokens start … stop - 1 of the one sequence of `batch`."""
+    return replace(
+        batch,
+        query_lens=(stop - start,),
+        kv_lens=(stop,),
+        kv_lens_B=batch.kv_lens_B.new_tensor([stop]),
+        query_starts_B1=batch.query_starts_B1.new_tensor([0, stop - start]),
+        slots_T=batch.slots_T[start:stop],
+        window=window,
+    )
 
 
 def _scales(kv_heads: int, codes: torch.dtype | None) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from tests.kernels.helpers import (
     decode,
     eager_attention,
     make_scene,
+    part_of,
 )
 
 SMALL, YI = Shape(4, 2, 64), Shape(32, 4, 128)
@@ -85,12 +86,11 @@ def test_chunked_prefill_equals_whole(
 ) -> None:
     length = 130
     scene = make_scene((length,), (length,), SMALL, block_tokens=16, device=device, codes=codes)
-    batch = scene.batch
-    truth = eager_attention(scene._replace(batch=replace(batch, window=window)))
+    truth = eager_attention(scene._replace(batch=replace(scene.batch, window=window)))
     outputs = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        part = replace(batch, query_lens=(stop - start,), kv_lens=(stop,), window=window)
+        part = part_of(scene.batch, start, stop, window=window)
         outputs.append(impl(scene.q_THD[start:stop], scene.layer, part))
     assert_close(torch.cat(outputs), truth)
 
