@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.triton._gemv import _gemv, _gemv_nibbles
+from engine.kernels.triton._gemv import _gemv, _gemv_bytes, _gemv_nibbles
 from engine.kernels.triton._matmul import _tiles, _tiles_nibbles, fit
 from engine.kernels.triton._quantize import _quantize
 from engine.kernels.triton._tactics import GEMV, candidates
@@ -23,21 +23,17 @@ WEIGHTS = {"linear": "*bf16", "linear_int8": "*i8", "linear_w8a8": "*i8", "linea
 TOKENS = {"linear_w8a8": "*i8", "linear_fp8": "*u8"}
 
 
-def gemv(op: str, *, is_gated: bool) -> Case:
-    config = candidates(op, 1, OUTPUTS, INPUTS)[0]
+def gemv(*, is_gated: bool) -> Case:
+    config = candidates("linear", 1, OUTPUTS, INPUTS)[0]
     types = {
-        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"),
-        "codes": WEIGHTS[op], "scale": None if op == "linear" else "*fp32", "eps": "fp32", **ROW,
+        **dict.fromkeys(("y", "x", "codes", "norm", "residual"), "*bf16"), "scale": None,
+        "eps": "fp32", **ROW,
     }  # fmt: skip
-    vec = 8 if op == "linear" else 16
     constants = {
-        "GATED": is_gated,
-        "BN": config.rows // (1 + is_gated),
-        "BK": config.inputs,
-        "VEC": vec,
+        "GATED": is_gated, "BN": config.rows // (1 + is_gated), "BK": config.inputs, "VEC": 8,
         "PDL": False,
-    }
-    return Case(f"gemv {op}", _gemv, types, constants, {"num_warps": config.warps})
+    }  # fmt: skip
+    return Case("gemv bf16", _gemv, types, constants, {"num_warps": config.warps})
 
 
 def gemv_nibbles(*, is_gated: bool) -> Case:
@@ -51,6 +47,19 @@ def gemv_nibbles(*, is_gated: bool) -> Case:
         "C": config.inputs // 32, "ASSEMBLY": True, "PDL": False,
     }  # fmt: skip
     return Case("gemv int4", _gemv_nibbles, types, constants, {"num_warps": config.warps})
+
+
+def gemv_bytes(*, is_gated: bool) -> Case:
+    config = candidates("linear_int8", 1, OUTPUTS, INPUTS)[0]
+    types = {
+        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*i32",
+        "scale": "*fp32", "eps": "fp32", "outputs": "i32", "width": "i32",
+    }  # fmt: skip
+    constants = {
+        "GATED": is_gated, "BN": config.rows // (1 + is_gated), "C": config.inputs // 16,
+        "ASSEMBLY": True, "PDL": False,
+    }  # fmt: skip
+    return Case("gemv int8", _gemv_bytes, types, constants, {"num_warps": config.warps})
 
 
 def tiles(op: str, tokens: int, *, is_gated: bool, float8: bool = True) -> Case:
@@ -119,7 +128,8 @@ def widen_nibbles() -> Case:
 
 
 CASES = [
-    *(gemv(op, is_gated=gated) for op in ("linear", "linear_int8") for gated in (False, True)),
+    *(gemv(is_gated=gated) for gated in (False, True)),
+    *(gemv_bytes(is_gated=gated) for gated in (False, True)),
     *(gemv_nibbles(is_gated=gated) for gated in (False, True)),
     *(tiles(op, 16, is_gated=False, float8=False) for op in WEIGHTS),
     *(tiles(op, 64, is_gated=True, float8=False) for op in WEIGHTS),

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.kernels.triton._codes import decode
 from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._tactics import Config
-from engine.kernels.triton._weights import Weights, between
+from engine.kernels.triton._weights import Weights, between, byte_between
 
 CHUNK_BYTES = 16
 IS_COMPILED = not triton.knobs.runtime.interpret
@@ -31,6 +31,9 @@ NIBBLE_ZERO = tl.constexpr(8.0)
 # 2^11, or 16…19 of that of 2^7, it counts ones. One instruction puts it there; the offset is
 # taken off the sum of many, or of each where fp32 tokens ask for all their bits.
 LOW_BITS, LOW_OFFSET = tl.constexpr(0x45000000), tl.constexpr(2048.0)
+# So does a byte in bits 15…22 of the mantissa of 2^8; 128 more undo the flipped sign.
+BYTE_BITS, BYTE_OFFSET = tl.constexpr(0x43800000), tl.constexpr(384.0)
+SIGN_BITS = tl.constexpr(-2139062144)  # 0x80808080
 HIGH_BITS, HIGH_OFFSET = tl.constexpr(0x43000000), tl.constexpr(128.0)
 
 
@@ -228,6 +231,81 @@ def _gemv_nibbles(
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def _load_byte(x, norm, column, inputs):
+    """x · norm fp32 [C, 1, 4] of one byte of each word, and x² for the norm."""
+    value, square = _load_input(x, norm, column, inputs)
+    return value, square
+
+
+@triton.jit
+def _add_codes(words, value, sums, SHIFT: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """sums + the products of one byte of each word, moved left by SHIFT bits, with `value`."""
+    words = words << SHIFT if SHIFT > 0 else words >> -SHIFT
+    codes = byte_between(words, BYTE_BITS, ASM)
+    if EXACT:
+        codes -= BYTE_OFFSET
+    return tl.fma(codes, value, sums)
+
+
+@triton.jit
+def _byte_sums(words, x0, x1, x2, x3, total, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """Σ code · x of each chunk [C, BN]; a code is a byte less 128 once its sign bit is flipped."""
+    words = words ^ SIGN_BITS
+    sums = tl.zeros(words.shape, tl.float32)
+    sums = _add_codes(words, x0[0], sums, 15, EXACT, ASM)
+    sums = _add_codes(words, x1[0], sums, 7, EXACT, ASM)
+    sums = _add_codes(words, x2[0], sums, -1, EXACT, ASM)
+    sums = _add_codes(words, x3[0], sums, -9, EXACT, ASM)
+    sums_CN = tl.sum(sums, axis=2)
+    return sums_CN if EXACT else sums_CN - BYTE_OFFSET * total
+
+
+@triton.jit
+def _gemv_bytes(
+    y, x, codes, scale, norm, residual, outputs, width, eps,
+    GATED: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """int8 codes. `width`: words of a row; C chunks of 16 bytes an iteration."""
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = row < outputs
+    lane = tl.arange(0, C)
+    inputs = width * 4
+    tile = _load_words(codes, row, inside, lane, width)  # [C, BN, 4]
+    if GATED:
+        up_tile = _load_words(codes, row + outputs, inside, lane, width)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([C, BN], tl.float32)
+    up_sums = tl.zeros([C, BN], tl.float32)
+    squares = tl.zeros([C, 1], tl.float32)
+    for start in range(0, tl.cdiv(width, 4), C):
+        chunk = start + lane
+        column = chunk[:, None, None] * 16 + 4 * tl.arange(0, 4)[None, None, :]
+        x0 = _load_byte(x, norm, column, inputs)  # each [C, 1, 4]
+        x1 = _load_byte(x, norm, column + 1, inputs)
+        x2 = _load_byte(x, norm, column + 2, inputs)
+        x3 = _load_byte(x, norm, column + 3, inputs)
+        total = tl.sum(x0[0] + x1[0] + x2[0] + x3[0], axis=2)  # [C, 1]
+        if norm is not None:
+            squares += tl.sum(x0[1] + x1[1] + x2[1] + x3[1], axis=2)
+        present = tile
+        tile = _load_words(codes, row, inside, chunk + C, width)
+        sums += _byte_sums(present, x0, x1, x2, x3, total, EXACT, ASSEMBLY)
+        if GATED:
+            present = up_tile
+            up_tile = _load_words(codes, row + outputs, inside, chunk + C, width)
+            up_sums += _byte_sums(present, x0, x1, x2, x3, total, EXACT, ASSEMBLY)
+    _finish_row(
+        y, tl.sum(sums, axis=0), tl.sum(up_sums, axis=0), scale, squares, residual,
+        row, inside, outputs, inputs, eps, True, norm is not None, GATED,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def multiply_token(
     x_1K: Tensor,
     weights: Weights,
@@ -251,7 +329,8 @@ def multiply_token(
         **launch_options(x_1K.device),
     }
     grid = (triton.cdiv(outputs, rows),)
-    if not weights.block:
+    has_words = weights.codes.dtype == torch.int8 and weights.inputs % 4 == 0
+    if not weights.block and not has_words:
         _gemv[grid](
             y_1N, x_1K, weights.codes, weights.scale, norm_K, residual_1N,
             outputs, weights.inputs, eps, BK=_span(weights, config),
@@ -259,6 +338,12 @@ def multiply_token(
         )  # fmt: skip
         return y_1N
     words = weights.codes.view(torch.int32)
+    if not weights.block:
+        _gemv_bytes[grid](
+            y_1N, x_1K, words, weights.scale, norm_K, residual_1N, outputs, words.shape[1], eps,
+            C=_span(weights, config) // CHUNK_BYTES, ASSEMBLY=IS_COMPILED, **shared,
+        )  # fmt: skip
+        return y_1N
     _gemv_nibbles[grid](
         y_1N, x_1K, words, weights.scale, weights.zero_NR, norm_K, residual_1N,
         outputs, words.shape[1], weights.group or weights.inputs, eps,

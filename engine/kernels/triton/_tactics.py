@@ -48,8 +48,14 @@ _table: dict[Key, Config] = {}
 # inputs / warps / bytes of a code: a lane loads 16 bytes at a time, so an iteration of W warps
 # takes 512 W bytes of each row.
 _GEMV_ROWS_WARPS = ((4, 4), (8, 4), (2, 4), (4, 2), (8, 2), (4, 8), (16, 4))
-# Nibbles take more instructions for the token than for the weights, so rows share them.
+# Codes take fewer instructions than the token that they meet, which more rows share.
+_BYTES_ROWS_WARPS = ((4, 2), (8, 2), (4, 4), (8, 1), (4, 1), (8, 4))
 _NIBBLES_ROWS_WARPS = ((8, 2), (8, 1), (16, 1), (8, 4), (4, 2), (4, 4), (16, 2))
+_ROWS_WARPS = {
+    "linear": _GEMV_ROWS_WARPS,
+    "linear_int8": _BYTES_ROWS_WARPS,
+    **dict.fromkeys(NIBBLES, _NIBBLES_ROWS_WARPS),
+}
 _CODES_PER_LANE = {"linear": 8, "linear_int8": 16, "linear_int4": 32, "linear_int4_groups": 32}
 
 # rows, inputs, warps, stages for few tokens; weights are the wide operand.
@@ -106,7 +112,7 @@ def record(op: str, tokens: int, outputs: int, inputs: int, config: Config) -> N
 
 def _gemv_candidates(op: str) -> tuple[Config, ...]:
     lane = _CODES_PER_LANE[op]
-    sizes = _NIBBLES_ROWS_WARPS if op in NIBBLES else _GEMV_ROWS_WARPS
+    sizes = _ROWS_WARPS[op]
     return tuple(Config(GEMV, rows, 32 * warps * lane, warps) for rows, warps in sizes)
 
 

@@ -13,7 +13,10 @@ from triton import jit
 _AND_OR = "lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;"
 AND_OR_REGISTERS = tl.constexpr("=r,r,r")
 LOW_MASK, HIGH_MASK = tl.constexpr(0xF000), tl.constexpr(0xF0000)
-AND_OR_LOW, AND_OR_HIGH = (tl.constexpr(_AND_OR.format(mask=m)) for m in (0xF000, 0xF0000))
+BYTE_MASK = tl.constexpr(0x7F8000)
+AND_OR_LOW, AND_OR_HIGH, AND_OR_BYTE = (
+    tl.constexpr(_AND_OR.format(mask=mask.value)) for mask in (LOW_MASK, HIGH_MASK, BYTE_MASK)
+)
 
 # 128 (bf16) and 1024 (fp16) have steps of 1: or-ing a code into the last bits adds it. $0 and $1
 # are the low nibbles of four bytes $4, $2 and $3 the high ones, less the zeros $5, which differ
@@ -94,6 +97,19 @@ def between(words, bits: tl.constexpr, LOW: tl.constexpr, ASSEMBLY: tl.constexpr
         found = (words & LOW_MASK) | bits
     else:
         found = (words & HIGH_MASK) | bits
+    return found.to(tl.float32, bitcast=True)
+
+
+@jit
+def byte_between(words, bits: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """As `between`, of a byte at BYTE_MASK."""
+    if ASSEMBLY:
+        ored = tl.full(words.shape, bits, tl.int32)
+        found = tl.inline_asm_elementwise(
+            AND_OR_BYTE, AND_OR_REGISTERS, [words, ored], tl.int32, True, 1
+        )
+    else:
+        found = (words & BYTE_MASK) | bits
     return found.to(tl.float32, bitcast=True)
 
 
