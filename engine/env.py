@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
@@ -71,6 +73,18 @@ def thread_limit() -> int | None:
     if not outermost.isdecimal() or int(outermost) == 0:
         raise UserError(f"OMP_NUM_THREADS '{text}' is not a number of threads; set 1 or more")
     return int(outermost)
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first of the usual names that is installed."""
+    names = [os.environ.get("CXX", "").strip(), "g++", "clang++", "c++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept between runs: $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(base) if base else Path.home() / ".cache") / "yi-engines"
 
 
 def _read_count(name: str) -> int | None:

@@ -15,6 +15,10 @@ from torch import Tensor
 from engine.cache import LayerCache
 from engine.kernels import reference
 from engine.kernels.api import Attending
+from engine.kernels.native import dense
+
+# Up to this many tokens the own kernel is faster than PyTorch's.
+NATIVE_TOKENS = {torch.bfloat16: 4, torch.float16: 16, torch.float32: 8}
 
 # fp32 elements of a weight converted at a time: 4 MB, a part of the third-level cache.
 CONVERTED_ELEMENTS = 2**20
@@ -36,10 +40,14 @@ MASK_ELEMENTS = 2**23
 def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
     """The rule that measurement gave, by dtype and by tokens T.
 
-    bf16: T = 1 ATen's matrix-vector product, twice as fast as oneDNN's; else oneDNN.
-    fp16: T = 1 ATen's; else fp32, because the fp16 product for several rows is a scalar loop.
-    fp32: the library's choice.
+    Few tokens: the own kernel, at the memory's speed. Without it, one bf16 token goes to ATen's
+    matrix-vector product, twice as fast as oneDNN's. Many fp16 tokens are multiplied in fp32,
+    because the fp16 product for several rows is a scalar loop; the rest is the library's choice.
     """
+    if 0 < len(x_TK) <= NATIVE_TOKENS[x_TK.dtype]:
+        y_TN = dense.product(x_TK, w_NK)
+        if y_TN is not None:
+            return y_TN
     if x_TK.dtype == torch.bfloat16 and len(x_TK) == 1:
         return linear_without_onednn(x_TK, w_NK)
     if x_TK.dtype == torch.float16 and len(x_TK) > 1:

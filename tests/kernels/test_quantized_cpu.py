@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels import cpu_integer, quantized_cpu
-from tests.kernels.helpers import assert_close, random
-from tests.kernels.quantized import fp8_layer, groups_layer, int8_layer, integers
+from engine.kernels import cpu_int4, cpu_integer, packing, quantized_cpu
+from tests.kernels.helpers import DTYPES, assert_close, random
+from tests.kernels.quantized import (
+    fp8_layer,
+    groups_layer,
+    int4_layer,
+    int8_layer,
+    integers,
+)
 
 PRODUCTS = [cpu_integer.fbgemm_product, cpu_integer.onednn_product, cpu_integer.widened_product]
 
@@ -104,19 +110,26 @@ def test_fp8_without_memory_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     arrays, x = (*fp8_layer(70, 200).arrays, None), random(4, 200, dtype=torch.bfloat16)
     expected = quantized_cpu.linear_fp8(x, *arrays)
     monkeypatch.setattr(quantized_cpu, "_memory_bytes", lambda: (10**9, 4 * 10**9))
-    monkeypatch.setattr(quantized_cpu, "BLOCK_WEIGHTS", 16 * 200)
+    monkeypatch.setattr(packing, "BLOCK_WEIGHTS", 16 * 200)
     assert torch.equal(quantized_cpu.linear_fp8(x, *arrays), expected)
 
 
 @pytest.mark.parametrize("block_weights", [1, 2**20])
-def test_int4_paths_agree(block_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_paths_of_pytorch_agree(block_weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs beyond one packed block, and both sides of the number of tokens."""
-    monkeypatch.setattr(quantized_cpu, "BLOCK_WEIGHTS", block_weights)
+    monkeypatch.setattr(packing, "BLOCK_WEIGHTS", block_weights)
     layer = groups_layer(208, 256, 128, torch.float16, has_zero=True)
-    product = quantized_cpu.Int4GroupWeights(*layer.arrays)
-    for tokens in (quantized_cpu.INT4_TOKENS - 1, quantized_cpu.INT4_TOKENS):
+    product = cpu_int4.TorchInt4Groups(*layer.arrays)
+    for tokens in (cpu_int4.INT4_TOKENS - 1, cpu_int4.INT4_TOKENS):
         x = random(tokens, 256, dtype=torch.bfloat16)
         assert_close(product(x), x.double() @ layer.matrix.T)
+
+
+@DTYPES
+def test_int4_rows_of_pytorch(dtype: torch.dtype) -> None:
+    layer = int4_layer(48, 192)
+    x = random(3, 192, dtype=dtype)
+    assert_close(cpu_int4.TorchInt4Rows(*layer.arrays)(x), x.double() @ layer.matrix.T)
 
 
 def test_memory_is_read_from_the_machine() -> None:

@@ -1,0 +1,53 @@
+// Sixteen numbers at a time, by the vector extensions of GCC and Clang: one register of AVX-512,
+// two of AVX2, four of SSE and NEON.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Quarters __attribute__((vector_size(kLanes)));
+
+template <typename Vector>
+inline Vector load(const void* address) {
+  Vector v;
+  std::memcpy(&v, address, sizeof(v));
+  return v;
+}
+
+// Bits of the two 16-bit types, so that overloads tell them apart.
+struct Fp16 { uint16_t bits; };
+struct Bf16 { uint16_t bits; };
+
+inline Floats load_floats(const float* address) { return load<Floats>(address); }
+
+inline Floats load_floats(const Bf16* address) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(load<Halves>(address), Ints) << 16);
+}
+
+// Fraction and exponent moved to fp32's places give 2^-112 times the value, subnormals included.
+inline Floats load_floats(const Fp16* address) {
+  const Ints bits = __builtin_convertvector(load<Halves>(address), Ints);
+  const Floats magnitude = reinterpret_cast<Floats>((bits & 0x7fff) << 13) * 0x1p112f;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(magnitude) | (bits & 0x8000) << 16);
+}
+
+inline Ints load_ints(const uint8_t* address) {
+  return __builtin_convertvector(load<Quarters>(address), Ints);
+}
+
+inline float sum(Floats v) {
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+
+}  // namespace

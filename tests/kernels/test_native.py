@@ -1,0 +1,147 @@
+"""The C++ kernels in every variant that this CPU runs, and how they are compiled."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import env
+from engine.kernels import cpu, cpu_int4
+from engine.kernels.native import compiled, dense
+from engine.kernels.native.int4 import PackedInt4
+from tests.kernels.helpers import DTYPES, TOLERANCES, assert_close, random
+from tests.kernels.quantized import groups_layer, int4_layer
+
+# What the compiler is told → what the CPU must have.
+VARIANTS = {"own": ("-march=native", ""), "avx2": ("-mavx2 -mfma", "avx2 fma"), "plain": ("", "")}
+COMPILER = env.cxx_compiler()
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    return frozenset(Path("/proc/cpuinfo").read_text().split())
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Name → its library of this variant."""
+    target, needs = VARIANTS[request.param]
+    if not cpu_flags().issuperset(needs.split()):
+        pytest.skip("not on this machine")
+    folder = tmp_path_factory.mktemp(request.param)
+    return lambda name: ctypes.CDLL(str(compiled.build(name, COMPILER, target.split(), folder)))
+
+
+INT4_LAYERS = {
+    "groups of 128": groups_layer(48, 256, 128, torch.float16, has_zero=True),
+    "short blocks, odd rows": groups_layer(33, 96, 32, torch.float16, has_zero=True),
+    "fp32 scales, no zeros": groups_layer(17, 320, 64, torch.float32, has_zero=False),
+    "one row": groups_layer(1, 64, 64, torch.float16, has_zero=False),
+}
+
+
+@pytest.mark.parametrize("layer", INT4_LAYERS.values(), ids=INT4_LAYERS)
+def test_int4_products(library, layer) -> None:
+    product = PackedInt4(library("int4"), *layer.arrays)
+    for dtype in TOLERANCES:
+        x = random(19, layer.matrix.shape[1], dtype=dtype)
+        together = product(x)
+        assert_close(together, x.double() @ layer.matrix.T)
+        for tokens in (1, 2, 7, 16):
+            parts = torch.cat([product(part) for part in x.split(tokens)])
+            assert torch.equal(parts, together), "depends on the batch"
+    assert product(x[:0]).shape == (0, len(layer.matrix))
+
+
+def test_int4_of_one_group_and_long_rows_does_not_overflow(library) -> None:
+    codes, scale = int4_layer(3, 20480).arrays
+    codes.fill_(0xFF)
+    x = torch.full((1, 20480), 3.0)
+    y = PackedInt4(library("int4"), codes, scale[:, None], None, 64)(x)
+    assert torch.allclose(y[0], 7 * 3 * 20480 * scale, rtol=1e-5)
+
+
+def test_int4_keeps_what_outliers_leave_of_a_token(library) -> None:
+    """15 bits below the largest value are finer than the rounding of the result."""
+    layer = groups_layer(256, 1024, 128, torch.float16, has_zero=True)
+    x = random(2, 1024, dtype=torch.bfloat16)
+    x[:, 7] = 1000
+    y = PackedInt4(library("int4"), *layer.arrays)(x)
+    truth = x.double() @ layer.matrix.T
+    assert (y.double() - truth).norm() < truth.norm() * torch.finfo(x.dtype).eps
+
+
+def test_int4_tokens_of_zeros_and_of_nan(library) -> None:
+    layer = groups_layer(20, 64, 32, torch.float16, has_zero=True)
+    x = random(4, 64, dtype=torch.bfloat16)
+    x[0] = 0
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    y = PackedInt4(library("int4"), *layer.arrays)(x)
+    assert torch.equal(y[0], torch.zeros(20, dtype=x.dtype))
+    assert y[1:3].isnan().all()
+    assert y[3].isfinite().all()
+
+
+@pytest.mark.parametrize("outputs, inputs", [(64, 256), (37, 83), (3, 7), (5, 4096)])
+@DTYPES
+def test_dense_products(library, dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    w, x = random(outputs, inputs, dtype=dtype, seed=1), random(11, inputs, dtype=dtype)
+    # The smallest normal and subnormal values of fp16, and both zeros.
+    w[0, :5] = torch.tensor([2**-14, 2**-24, 0.0, -0.0, -8.0])
+    together = dense.multiply(library("dense"), x, w)
+    assert_close(together, x.double() @ w.double().T)
+    for tokens in (1, 2, 3):
+        parts = torch.cat([dense.multiply(library("dense"), p, w) for p in x.split(tokens)])
+        assert torch.equal(parts, together), "depends on the batch"
+
+
+def test_fp16_weights_are_read_exactly(library) -> None:
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    w = bits[bits.isfinite()].reshape(-1, 1024)
+    y = dense.multiply(library("dense"), torch.eye(1024)[:8], w)
+    assert torch.equal(y, w.T[:8])
+
+
+def test_a_library_is_compiled_once(tmp_path: Path) -> None:
+    path = compiled.build("dense", COMPILER, (), tmp_path)
+    written = path.stat().st_mtime_ns
+    assert compiled.build("dense", COMPILER, (), tmp_path) == path
+    assert path.stat().st_mtime_ns == written
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No library is loaded yet, and none is in the cache."""
+    monkeypatch.setattr(compiled, "_libraries", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_compiler_pytorch_computes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "cxx_compiler", lambda: None)
+    layer = groups_layer(32, 128, 64, torch.float16, has_zero=True)
+    product = cpu_int4.bind_groups(*layer.arrays)
+    assert isinstance(product, cpu_int4.TorchInt4Groups)
+    assert isinstance(cpu_int4.bind_rows(*int4_layer(32, 128).arrays), cpu_int4.TorchInt4Rows)
+    for dtype in TOLERANCES:
+        x, w = random(1, 128, dtype=dtype), random(32, 128, dtype=dtype, seed=1)
+        assert_close(cpu.linear(x, w), x.double() @ w.double().T)
+    x = random(1, 128, dtype=torch.bfloat16)
+    assert_close(product(x), x.double() @ layer.matrix.T)
+
+
+def test_a_source_that_does_not_compile_is_reported(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "FOLDER", fresh)
+    (fresh / "broken.cpp").write_text("int main( {")
+    assert compiled.load("broken") is None and compiled.load("broken") is None
+    [record] = caplog.records
+    assert "broken was not compiled" in record.getMessage()
+    assert "error" in record.getMessage()
