@@ -107,6 +107,11 @@ def test_fp16_weights_are_read_exactly(library) -> None:
     assert torch.equal(y, w.T[:8])
 
 
+def test_rows_apart_are_multiplied_by_pytorch() -> None:
+    w, x = random(9, 40, seed=1)[:, :33], random(2, 33)
+    assert_close(cpu.linear(x, w), x.double() @ w.double().T)
+
+
 def test_a_library_is_compiled_once(tmp_path: Path) -> None:
     path = compiled.build("dense", COMPILER, (), tmp_path)
     written = path.stat().st_mtime_ns

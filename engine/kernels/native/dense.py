@@ -17,13 +17,16 @@ FUNCTIONS = {
 
 
 def product(x_TK: Tensor, w_NK: Tensor) -> Tensor | None:
-    """x @ wᵀ [T, N] in w's dtype, added up in fp32; None without the library."""
+    """x @ wᵀ [T, N] in w's dtype, added up in fp32; None without the library or if the rows of w
+    are not next to each other."""
     library = compiled.load("dense")
-    return None if library is None else multiply(library, x_TK, w_NK)
+    if library is None or not w_NK.is_contiguous():
+        return None
+    return multiply(library, x_TK, w_NK)
 
 
 def multiply(library: ctypes.CDLL, x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    assert w_NK.is_contiguous()
+    assert w_NK.is_contiguous() and x_TK.shape[1] == w_NK.shape[1]
     x_TK = x_TK.float().contiguous()
     (tokens, inputs), outputs = x_TK.shape, len(w_NK)
     y_TN = torch.empty(tokens, outputs)

@@ -38,6 +38,7 @@ class PackedInt4:
         self._zero = None if zero_NR is None else _in_blocks(zero_NR)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
+        assert x_TK.shape[1] == self._inputs
         wide_TK = x_TK.float().contiguous()
         y_TN = torch.empty(len(x_TK), self._outputs)
         arrays = (wide_TK, self._codes, self._scale, self._zero, y_TN)
