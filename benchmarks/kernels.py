@@ -29,6 +29,7 @@ from engine.kernels.triton import _launch, _tactics
 from engine.kernels.triton._tuning import replay_us, tune
 from engine.kernels.triton.rms_norm import rms_norm
 from engine.kernels.triton.silu_mul import silu_mul
+from utils.benchmarking.limits import measure_limits
 
 MATRICES = {
     "yi-6b": {
@@ -121,12 +122,8 @@ def copies_of(arrays: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 def limits() -> tuple[float, float]:
     """Copy bandwidth in GB/s, read and written bytes together, and bf16 TFLOP/s."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").zero_()
-    target = torch.empty_like(source)
-    copy_us = replay_us([lambda: target.copy_(source)] * 2)
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    matmul_us = replay_us([lambda: a @ b] * 4)
-    return 2 * source.nbytes / copy_us / 1e3, 2 * 8192**3 / matmul_us / 1e6
+    found = measure_limits(torch.device("cuda"))
+    return found.bandwidth / 1e9, found.products["bfloat16"] / 1e12
 
 
 def fusing(matrix: str, tokens: int, outputs: int, inputs: int) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from engine.kernels.triton._weights import Weights, between, byte_between
 CHUNK_BYTES = 16
 IS_COMPILED = not triton.knobs.runtime.interpret
 CHUNK_CODES = 2 * CHUNK_BYTES
+# Tokens are read in words of so many bytes.
+WORD_BYTES = 8
 NIBBLE_ZERO = tl.constexpr(8.0)
 # A nibble stays where it is in a word, but for one shift a byte: in bits 12…15 of the mantissa of
 # 2^11, or 16…19 of that of 2^7, it counts ones. One instruction puts it there; the offset is
@@ -130,12 +132,48 @@ def _load_words(codes, row, inside, chunk, width):
 
 
 @triton.jit
-def _load_quarter(x, norm, column, inputs):
-    """x · norm fp32 of the low [C, 1, 4] and the high nibbles of one byte of each word, and the
-    sum of their x² for the norm; `column` holds both inputs."""
-    low, low_square = _load_input(x, norm, column[0], inputs)
-    high, high_square = _load_input(x, norm, column[1], inputs)
-    return low, high, low_square + high_square
+def _load_fours(x, fours, inside):
+    """Four neighbours at a time, in fp32: elements 4 · fours [C, 1, 4], + 1, + 2 and + 3.
+
+    16-bit ones come as words of 64 bits, so that a lane's load is as wide as it can be.
+    """
+    if x.dtype.element_ty == tl.float32:
+        x += fours * 4
+        x0 = tl.load(x, mask=inside, other=0.0)
+        x1 = tl.load(x + 1, mask=inside, other=0.0)
+        x2 = tl.load(x + 2, mask=inside, other=0.0)
+        x3 = tl.load(x + 3, mask=inside, other=0.0)
+    else:
+        words = tl.load(x.to(tl.pointer_type(tl.int64)) + fours, mask=inside, other=0)
+        x0, x1 = _halves(words.to(tl.int32), x.dtype.element_ty)
+        x2, x3 = _halves((words >> 32).to(tl.int32), x.dtype.element_ty)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _halves(words, dtype: tl.constexpr):
+    """The lower and the higher 16 bits of int32, as fp32."""
+    if dtype == tl.bfloat16:
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _load_normed(x, norm, fours, inside):
+    """x · norm of four neighbours, each [C, 1, 4], their sum and that of their x² [C, 1]."""
+    x0, x1, x2, x3 = _load_fours(x, fours, inside)
+    squares = x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
+    if norm is not None:
+        n0, n1, n2, n3 = _load_fours(norm, fours, inside)
+        x0 *= n0
+        x1 *= n1
+        x2 *= n2
+        x3 *= n3
+    return x0, x1, x2, x3, tl.sum(x0 + x1 + x2 + x3, axis=2), tl.sum(squares, axis=2)
 
 
 @triton.jit
@@ -152,21 +190,21 @@ def _add_byte(words, low, high, sums, SHIFT: tl.constexpr, EXACT: tl.constexpr, 
 
 @triton.jit
 def _nibble_sums(
-    words, x0, x1, x2, x3, low_total, high_total, scale, zero, at, inside,
+    words, low, high, scale, zero, at, inside,
     HAS_GROUPS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Σ (code - zero) · x of each chunk [C, BN], scaled if scales belong to groups."""
     sums = tl.zeros(words.shape, tl.float32)
-    sums = _add_byte(words, x0[0], x0[1], sums, 12, EXACT, ASM)
-    sums = _add_byte(words, x1[0], x1[1], sums, 4, EXACT, ASM)
-    sums = _add_byte(words, x2[0], x2[1], sums, -4, EXACT, ASM)
-    sums = _add_byte(words, x3[0], x3[1], sums, -12, EXACT, ASM)
+    sums = _add_byte(words, low[0], high[0], sums, 12, EXACT, ASM)
+    sums = _add_byte(words, low[1], high[1], sums, 4, EXACT, ASM)
+    sums = _add_byte(words, low[2], high[2], sums, -4, EXACT, ASM)
+    sums = _add_byte(words, low[3], high[3], sums, -12, EXACT, ASM)
     zeros = (
         NIBBLE_ZERO if zero is None else tl.load(zero + at, mask=inside, other=0.0).to(tl.float32)
     )
-    total = tl.sum(sums, axis=2) - zeros * (low_total + high_total)
+    total = tl.sum(sums, axis=2) - zeros * (low[4] + high[4])
     if not EXACT:
-        total -= LOW_OFFSET * low_total + HIGH_OFFSET * high_total
+        total -= LOW_OFFSET * low[4] + HIGH_OFFSET * high[4]
     if HAS_GROUPS:
         total *= tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
     return total
@@ -198,30 +236,25 @@ def _gemv_nibbles(
         chunk = start + lane
         # The input of a chunk's first low nibble; that of its high one is HALF further on.
         first = chunk * 16 // HALF * (2 * HALF) + chunk * 16 % HALF
-        low = first[:, None, None] + 4 * tl.arange(0, 4)[None, None, :]
-        high = low + HALF
-        x0 = _load_quarter(x, norm, (low, high), inputs)  # each [C, 1, 4]
-        x1 = _load_quarter(x, norm, (low + 1, high + 1), inputs)
-        x2 = _load_quarter(x, norm, (low + 2, high + 2), inputs)
-        x3 = _load_quarter(x, norm, (low + 3, high + 3), inputs)
-        low_total = tl.sum(x0[0] + x1[0] + x2[0] + x3[0], axis=2)  # [C, 1]
-        high_total = tl.sum(x0[1] + x1[1] + x2[1] + x3[1], axis=2)
-        if norm is not None:
-            squares += tl.sum(x0[2] + x1[2] + x2[2] + x3[2], axis=2)
+        fours = (first // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
+        here = (first < inputs)[:, None, None]
+        low = _load_normed(x, norm, fours, here)
+        high = _load_normed(x, norm, fours + HALF // 4, here)
+        squares += low[5] + high[5]
         group = (first // group_size)[:, None]
         mask = inside[None, :] & (first < inputs)[:, None]
         present = tile
         tile = _load_words(codes, row, inside, chunk + C, width)
         sums += _nibble_sums(
-            present, x0, x1, x2, x3, low_total, high_total, scale, zero,
-            row[None, :] * groups + group, mask, HAS_GROUPS, EXACT, ASSEMBLY,
+            present, low, high, scale, zero, row[None, :] * groups + group, mask,
+            HAS_GROUPS, EXACT, ASSEMBLY,
         )  # fmt: skip
         if GATED:
             present = up_tile
             up_tile = _load_words(codes, row + outputs, inside, chunk + C, width)
             up_sums += _nibble_sums(
-                present, x0, x1, x2, x3, low_total, high_total, scale, zero,
-                (row[None, :] + outputs) * groups + group, mask, HAS_GROUPS, EXACT, ASSEMBLY,
+                present, low, high, scale, zero, (row[None, :] + outputs) * groups + group,
+                mask, HAS_GROUPS, EXACT, ASSEMBLY,
             )  # fmt: skip
     _finish_row(
         y, tl.sum(sums, axis=0), tl.sum(up_sums, axis=0), scale, squares, residual,
@@ -229,13 +262,6 @@ def _gemv_nibbles(
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _load_byte(x, norm, column, inputs):
-    """x · norm fp32 [C, 1, 4] of one byte of each word, and x² for the norm."""
-    value, square = _load_input(x, norm, column, inputs)
-    return value, square
 
 
 @triton.jit
@@ -249,16 +275,16 @@ def _add_codes(words, value, sums, SHIFT: tl.constexpr, EXACT: tl.constexpr, ASM
 
 
 @triton.jit
-def _byte_sums(words, x0, x1, x2, x3, total, EXACT: tl.constexpr, ASM: tl.constexpr):
+def _byte_sums(words, x, EXACT: tl.constexpr, ASM: tl.constexpr):
     """Σ code · x of each chunk [C, BN]; a code is a byte less 128 once its sign bit is flipped."""
     words = words ^ SIGN_BITS
     sums = tl.zeros(words.shape, tl.float32)
-    sums = _add_codes(words, x0[0], sums, 15, EXACT, ASM)
-    sums = _add_codes(words, x1[0], sums, 7, EXACT, ASM)
-    sums = _add_codes(words, x2[0], sums, -1, EXACT, ASM)
-    sums = _add_codes(words, x3[0], sums, -9, EXACT, ASM)
+    sums = _add_codes(words, x[0], sums, 15, EXACT, ASM)
+    sums = _add_codes(words, x[1], sums, 7, EXACT, ASM)
+    sums = _add_codes(words, x[2], sums, -1, EXACT, ASM)
+    sums = _add_codes(words, x[3], sums, -9, EXACT, ASM)
     sums_CN = tl.sum(sums, axis=2)
-    return sums_CN if EXACT else sums_CN - BYTE_OFFSET * total
+    return sums_CN if EXACT else sums_CN - BYTE_OFFSET * x[4]
 
 
 @triton.jit
@@ -283,21 +309,16 @@ def _gemv_bytes(
     squares = tl.zeros([C, 1], tl.float32)
     for start in range(0, tl.cdiv(width, 4), C):
         chunk = start + lane
-        column = chunk[:, None, None] * 16 + 4 * tl.arange(0, 4)[None, None, :]
-        x0 = _load_byte(x, norm, column, inputs)  # each [C, 1, 4]
-        x1 = _load_byte(x, norm, column + 1, inputs)
-        x2 = _load_byte(x, norm, column + 2, inputs)
-        x3 = _load_byte(x, norm, column + 3, inputs)
-        total = tl.sum(x0[0] + x1[0] + x2[0] + x3[0], axis=2)  # [C, 1]
-        if norm is not None:
-            squares += tl.sum(x0[1] + x1[1] + x2[1] + x3[1], axis=2)
+        fours = chunk[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+        value = _load_normed(x, norm, fours, fours < width)
+        squares += value[5]
         present = tile
         tile = _load_words(codes, row, inside, chunk + C, width)
-        sums += _byte_sums(present, x0, x1, x2, x3, total, EXACT, ASSEMBLY)
+        sums += _byte_sums(present, value, EXACT, ASSEMBLY)
         if GATED:
             present = up_tile
             up_tile = _load_words(codes, row + outputs, inside, chunk + C, width)
-            up_sums += _byte_sums(present, x0, x1, x2, x3, total, EXACT, ASSEMBLY)
+            up_sums += _byte_sums(present, value, EXACT, ASSEMBLY)
     _finish_row(
         y, tl.sum(sums, axis=0), tl.sum(up_sums, axis=0), scale, squares, residual,
         row, inside, outputs, inputs, eps, True, norm is not None, GATED,
@@ -338,6 +359,8 @@ def multiply_token(
         )  # fmt: skip
         return y_1N
     words = weights.codes.view(torch.int32)
+    if x_1K.data_ptr() % WORD_BYTES:
+        x_1K = x_1K.clone()
     if not weights.block:
         _gemv_bytes[grid](
             y_1N, x_1K, words, weights.scale, norm_K, residual_1N, outputs, words.shape[1], eps,
