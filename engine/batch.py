@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
+from operator import add
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from engine.cache import BlockTables
 from engine.kernels.api import Attending
 from engine.models.yi import Step
+from engine.transfer import longs, to_device
 
 
 class Segment(NamedTuple):
@@ -37,42 +41,63 @@ class Packer:
 
     def pack(self, segments: Sequence[Segment], outputs: Sequence[int]) -> Step:
         """One step; `outputs` are the positions in the packed batch whose logits are wanted."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        lengths: list[int] = []
-        for segment in segments:
-            start = self.tables.length(segment.row)
-            slots += self.tables.append(segment.row, len(segment.tokens))
-            tokens += segment.tokens
-            positions += range(start, start + len(segment.tokens))
-            lengths += [segment.length] * len(segment.tokens)
-            if self.window is not None:
-                self.tables.trim(segment.row, start - self.window + 1)
         rows = [segment.row for segment in segments]
         query_lens = tuple(len(segment.tokens) for segment in segments)
-        kv_lens = tuple(self.tables.length(row) for row in rows)
-        starts = torch.tensor((0, *query_lens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = [self._append(segment) for segment in segments]
+        kv_lens = tuple(map(add, starts, query_lens))
+        table_BM = self.tables.table(rows)
+        spread = _spread(starts, query_lens, table_BM, self.tables.block_tokens)
+        lengths_B = longs(segment.length for segment in segments)
         attending = Attending(
             query_lens=query_lens,
             kv_lens=kv_lens,
-            kv_lens_B=torch.tensor(kv_lens, dtype=torch.int32).to(self.device),
-            query_starts_B1=starts.to(self.device),
-            block_table_BM=self.tables.table(rows).to(self.device),
-            slots_T=self._long(slots),
+            kv_lens_B=self._send(longs(kv_lens).int()),
+            query_starts_B1=self._send(longs(accumulate(query_lens, initial=0)).int()),
+            block_table_BM=self._send(table_BM),
+            slots_T=self._send(spread.slots_T),
             window=self.window,
             scale=self.scale,
         )
         return Step(
-            self._long(tokens),
-            self._long(positions),
-            self._long(lengths),
+            self._send(longs(chain.from_iterable(segment.tokens for segment in segments))),
+            self._send(spread.positions_T),
+            self._send(lengths_B[spread.segments_T]),
             attending,
-            self._long(outputs),
+            self._send(longs(outputs)),
         )
 
-    def _long(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+    def _append(self, segment: Segment) -> int:
+        """Make room for a segment; the position of its first token."""
+        start = self.tables.length(segment.row)
+        self.tables.append(segment.row, len(segment.tokens))
+        if self.window is not None:
+            self.tables.trim(segment.row, start - self.window + 1)
+        return start
+
+    def _send(self, x: Tensor) -> Tensor:
+        return to_device(x, self.device)
+
+
+class _Spread(NamedTuple):
+    """Where each token of a packed batch belongs, int64 on the CPU."""
+
+    segments_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+
+
+def _spread(
+    starts: Sequence[int], query_lens: Sequence[int], table_BM: Tensor, block_tokens: int
+) -> _Spread:
+    """Of segments that begin at the positions `starts`."""
+    counts_B = longs(query_lens)
+    segments_T = torch.arange(len(starts)).repeat_interleave(counts_B)
+    # A token's position is its place in the batch and what its segment is ahead of that.
+    ahead_B = longs(starts) + counts_B - counts_B.cumsum(0)
+    positions_T = torch.arange(len(segments_T)) + ahead_B[segments_T]
+    blocks_T = table_BM[segments_T, positions_T // block_tokens].long()
+    slots_T = blocks_T * block_tokens + positions_T % block_tokens
+    return _Spread(segments_T, positions_T, slots_T)
 
 
 class Chunk(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import RequestError
 from engine.quant import KVStorage
+from engine.transfer import longs
 
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What a quantised cache stores; another stores the engine's dtype.
@@ -155,11 +156,12 @@ class BlockTables:
     def table(self, rows: Sequence[int] | None = None) -> Tensor:
         """Block numbers of `rows` (default: all, closed ones empty), int32 [B, M], on the CPU."""
         chosen = [self._rows[row] for row in (range(self.num_rows) if rows is None else rows)]
-        table_BM = torch.zeros(len(chosen), self.max_blocks_per_sequence, dtype=torch.int32)
-        for entry, blocks_M in zip(chosen, table_BM, strict=True):
+        padding = [0] * self.max_blocks_per_sequence
+        numbers: list[int] = []
+        for entry in chosen:
             blocks = [block or 0 for block in entry.blocks] if entry else []
-            blocks_M[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        return table_BM
+            numbers += blocks + padding[len(blocks) :]
+        return longs(numbers).int().view(len(chosen), self.max_blocks_per_sequence)
 
     def open(self, num_sequences: int) -> list[int]:
         """Empty rows for new sequences: closed ones first, lowest number first."""
@@ -170,23 +172,15 @@ class BlockTables:
             self._rows[row] = _Row()
         return rows
 
-    def append(self, row: int, tokens: int) -> list[int]:
-        """Grow `row` by `tokens` positions; their slots (block * block_tokens + offset).
+    def append(self, row: int, tokens: int) -> None:
+        """Grow `row` by `tokens` positions.
 
         Raises RequestError, and changes nothing, when the blocks do not suffice.
         """
         entry = self._row(row)
-        first, stop = entry.length, entry.length + tokens
+        stop = entry.length + tokens
         self._take(entry, -(-stop // self.block_tokens) - len(entry.blocks))
         entry.length = stop
-        slots: list[int] = []
-        while first < stop:
-            index, offset = divmod(first, self.block_tokens)
-            filled = min(stop - first, self.block_tokens - offset)
-            slot = entry.blocks[index] * self.block_tokens + offset
-            slots += range(slot, slot + filled)
-            first += filled
-        return slots
 
     def fork(self, parents: Sequence[int]) -> list[tuple[int, int]]:
         """Replace the rows: new row i holds what row parents[i] held, sharing its full blocks.

@@ -23,6 +23,7 @@ from engine.kernels.api import Attending
 from engine.models.yi import Step, Yi
 from engine.penalties import DeviceState, round_up
 from engine.sampling import FinishReason, Sampler, SamplingParams
+from engine.transfer import longs, to_device
 
 # Rows are padded to these, then to multiples of the last: one graph serves all batches of a bucket.
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -68,15 +69,20 @@ class DecodeLoop(DeviceState):
         table_BM = torch.zeros(bucket, rows.table_BM.shape[1], dtype=torch.int32)
         table_BM[:real] = rows.table_BM
         lengths = [*map(len, rows.prompts), *[0] * (bucket - real)]
-        self.table_BM = nn.Buffer(table_BM.to(device))
-        self.lengths_B = nn.Buffer(torch.tensor(lengths, dtype=torch.int64).to(device))
+        self.table_BM = nn.Buffer(to_device(table_BM, device))
+        self.lengths_B = nn.Buffer(to_device(longs(lengths), device))
         self.tokens_B = nn.Buffer(torch.zeros(bucket, dtype=torch.int64, device=device))
-        self.real_B = nn.Buffer((torch.arange(bucket) < real).to(device))
-        self.starts_B1 = nn.Buffer(torch.arange(bucket + 1, dtype=torch.int32).to(device))
+        self.real_B = nn.Buffer(torch.arange(bucket, device=device) < real)
+        self.starts_B1 = nn.Buffer(torch.arange(bucket + 1, dtype=torch.int32, device=device))
         self.num_alive = nn.Buffer(torch.ones(1, dtype=torch.int64, device=device))
         if self.sampler.has_log_probs:
             steps = round_up(1 + max(p.max_new_tokens for p in rows.params))
             self.log_probs_BN = nn.Buffer(torch.zeros(bucket, steps, device=device))
+
+    @property
+    def steps(self) -> int:
+        """How often `advance` is called at most: the first tokens come from the prompts' logits."""
+        return max(p.max_new_tokens for p in self.params) - 1
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}, block={self.block_tokens}, window={self.window}"
@@ -125,18 +131,23 @@ class DecodeLoop(DeviceState):
 
 
 class GraphPool:
-    """Captured steps by plan, in one memory pool. Graphs belong to one cache and go with it."""
+    """Captured steps by plan, in one memory pool. Graphs belong to one cache, the last one that
+    was prepared for, and go with it."""
 
     def __init__(self, network: Yi):
         self._network = network
         self._cache: KVCache | None = None
         self._captured: dict[tuple, tuple[DecodeLoop, torch.cuda.CUDAGraph]] = {}
-        self._memory = torch.cuda.graph_pool_handle()
+
+    def clear(self) -> None:
+        """Let go of the cache and of the graphs that use it."""
+        self._captured.clear()
+        self._cache = None
 
     def prepare(self, loop: DecodeLoop, cache: KVCache) -> tuple[DecodeLoop, Callable[[], None]]:
         """The loop whose state a replay changes, with what `loop` holds, and the replay."""
         if cache is not self._cache:
-            self._captured.clear()
+            self.clear()
             self._cache = cache
         plan = loop.plan()
         if plan not in self._captured:
@@ -156,6 +167,9 @@ class GraphPool:
             for _ in range(WARM_UP_STEPS):
                 loop.advance(self._network, cache)
         torch.cuda.current_stream().wait_stream(side)
+        if not self._captured:
+            # A pool is gone with the last graph in it, and its handle is of no use any more.
+            self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             loop.advance(self._network, cache)
@@ -168,9 +182,8 @@ def run_ahead(loop: DecodeLoop, replay: Callable[[], None]) -> Iterator[None]:
 
     The host learns that rows have finished some steps late; what is computed meanwhile is nothing.
     """
-    steps = max(p.max_new_tokens for p in loop.params) - 1
     watches: deque[_Watch] = deque()
-    for _ in range(steps):
+    for _ in range(loop.steps):
         if len(watches) == RUN_AHEAD and watches.popleft().has_ended():
             return
         replay()

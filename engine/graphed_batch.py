@@ -50,9 +50,12 @@ class GraphedBatch(StaticBatch):
             packer=self._packer,
         )
         loop.choose(logits_BV)
-        self._loop, replay = self._prepare(loop)
+        self._loop = loop
         yield
-        yield from run_ahead(self._loop, replay)
+        if loop.steps:
+            # Capturing a step takes longer than many prompts do: the first tokens are out before.
+            self._loop, replay = self._prepare(loop)
+            yield from run_ahead(self._loop, replay)
 
     def _reserve(self) -> Tensor:
         """Blocks for all tokens to come: nothing is allocated between steps."""

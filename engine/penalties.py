@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import RequestError
+from engine.transfer import longs, to_device
 
 if TYPE_CHECKING:
     from engine.sampling import SamplingParams
@@ -37,7 +38,7 @@ def round_up(count: int) -> int:
 
 def make_column(values: Sequence[float], dtype: torch.dtype, *, device: Device) -> Tensor:
     """One value per row as [B, 1]."""
-    return torch.tensor(list(values), dtype=dtype).unsqueeze(1).to(device)
+    return to_device(torch.tensor(list(values), dtype=dtype).unsqueeze(1), device)
 
 
 def pack_words(lists: Sequence[Sequence[Sequence[int]]], *, empty: int, device: Device) -> Tensor:
@@ -50,7 +51,7 @@ def pack_words(lists: Sequence[Sequence[Sequence[int]]], *, empty: int, device: 
         for place, word in enumerate(words):
             packed[row, place] = ANY_TOKEN
             packed[row, place, longest - len(word) :] = torch.tensor(word)
-    return packed.to(device)
+    return to_device(packed, device)
 
 
 def match_words(tails: Tensor, words: Tensor) -> Tensor:
@@ -99,11 +100,11 @@ class History(DeviceState):
         shape = (len(prompts), round_up(lookback + longest + 1))
         tokens_BH = torch.full(shape, self.empty, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            tokens_BH[row, lookback : lookback + len(prompt)] = torch.tensor(prompt)
-        starts_B = torch.tensor([lookback + len(p) for p in prompts])
-        self.tokens_BH = nn.Buffer(tokens_BH.to(device))
-        self.starts_B = nn.Buffer(starts_B.to(device))
-        self.ends_B = nn.Buffer(starts_B.clone().to(device))
+            tokens_BH[row, lookback : lookback + len(prompt)] = longs(prompt)
+        starts_B = to_device(longs(lookback + len(p) for p in prompts), device)
+        self.tokens_BH = nn.Buffer(to_device(tokens_BH, device))
+        self.starts_B = nn.Buffer(starts_B)
+        self.ends_B = nn.Buffer(starts_B.clone())
 
     def num_new(self) -> Tensor:
         """New tokens per row; int64 [B]."""
@@ -276,7 +277,7 @@ def check_tokens(
             "--stop_words": [token for word in p.stop_words for token in word],
         }
         for source, tokens in sources.items():
-            if any(not 0 <= token < vocab_size for token in tokens):
+            if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
                 wrong = next(token for token in tokens if not 0 <= token < vocab_size)
                 raise RequestError(
                     f"{source} holds token id {wrong}, but the engine's vocabulary has ids 0 to "

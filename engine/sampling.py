@@ -34,6 +34,7 @@ from engine.penalties import (
     pack_words,
     round_up,
 )
+from engine.transfer import longs, to_device
 
 # Integers up to 2**53 are exact in float64, in which a uniform number meets the total weight.
 EXACT_BITS = 52
@@ -174,7 +175,7 @@ class Stops(nn.Module):
             [[(i,) for i in p.end_ids] for p in params], empty=vocab_size, device=device
         )
         self.end_ids_BN = nn.Buffer(ends.squeeze(-1))
-        self.max_new_B = nn.Buffer(torch.tensor([p.max_new_tokens for p in params]).to(device))
+        self.max_new_B = nn.Buffer(to_device(longs(p.max_new_tokens for p in params), device))
         self.has_words = any(p.stop_words for p in params)
         if self.has_words:
             lists = [p.stop_words for p in params]
@@ -293,7 +294,7 @@ def make_uniforms(params: Sequence[SamplingParams], device: Device) -> Tensor:
         uniforms_BN[row, : p.max_new_tokens] = torch.rand(
             p.max_new_tokens, dtype=torch.float64, generator=generator
         )
-    return uniforms_BN.to(device)
+    return to_device(uniforms_BN, device)
 
 
 class Sampler(DeviceState):
@@ -326,9 +327,9 @@ class Sampler(DeviceState):
         self.has_greedy = any(p.is_greedy for p in params)
         self.has_sampled = not all(p.is_greedy for p in params)
         self.has_log_probs = any(p.log_probs for p in params)
-        greedy = [p.is_greedy for p in params]
-        self.greedy_B = nn.Buffer(torch.tensor(greedy).to(device))
-        self.pad_B = nn.Buffer(torch.tensor([p.pad_id for p in params]).to(device))
+        greedy_B = torch.tensor([p.is_greedy for p in params])
+        self.greedy_B = nn.Buffer(to_device(greedy_B, device))
+        self.pad_B = nn.Buffer(to_device(longs(p.pad_id for p in params), device))
         self.reasons_B = nn.Buffer(torch.zeros(len(params), dtype=torch.int64, device=device))
         if self.has_sampled:
             self.uniforms_BN = nn.Buffer(make_uniforms(params, device))

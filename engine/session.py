@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from math import prod
 
 from torch import Tensor
 
@@ -18,10 +19,13 @@ from engine.graph import GraphPool
 from engine.graphed_batch import GraphedBatch
 from engine.kernels.registry import runs_by
 from engine.models.yi import Yi
-from engine.penalties import check_tokens
+from engine.penalties import check_tokens, round_up
 from engine.record import EngineRecord
 from engine.sampling import SamplingParams
 from engine.static_batch import StaticBatch
+
+# A cache that serves the batches before, too, may take this many times what the next one needs.
+MAX_GROWTH = 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Session:
             for _ in batch.run():
                 pass
             results += self._results(batch, len(results))
+            # The next batch may need a larger cache, and this one's memory before that.
+            del batch
         return results
 
     def stream(
@@ -96,6 +102,7 @@ class Session:
                 if step % interval == 0 and not batch.is_finished:
                     yield done + self._results(batch, len(done))
             done += self._results(batch, len(done))
+            del batch
             yield done
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -106,6 +113,7 @@ class Session:
         for batch in self._batches(prompts, params, True, False):
             batch.prefill()
             logits += self._world.bcast(batch.context_logits, root=self._decides_on)
+            del batch
         return logits
 
     def _results(self, batch: StaticBatch, first_index: int) -> list[Result]:
@@ -205,10 +213,15 @@ class Session:
         The memory is kept between batches and grows when one needs more.
         """
         limits, mapping, config = self.info.limits, self.info.mapping, self.info.config
+        # Neighbouring lengths share one cache, and with it the graphs captured for it.
+        length = min(round_up(length), limits.max_seq_len)
         block_tokens = limits.tokens_per_block if limits.paged_kv_cache else length
         num_blocks = rows * -(-length // block_tokens)
         if self._cache is None or not self._shape_serves(num_blocks, block_tokens):
+            num_blocks, block_tokens = self._grow(num_blocks, block_tokens)
             self._cache = None
+            if self._graphs is not None:
+                self._graphs.clear()
             self._cache = KVCache(
                 layers=mapping.layer_span(config).size,
                 kv_heads=mapping.local(config).kv_heads,
@@ -222,6 +235,14 @@ class Session:
             self._cache_shape = (num_blocks, block_tokens)
         held_blocks, held_tokens = self._cache_shape
         return self._cache, BlockTables(held_blocks, held_tokens, -(-length // held_tokens))
+
+    def _grow(self, num_blocks: int, block_tokens: int) -> tuple[int, int]:
+        """The shape of a cache in place of the one held: it serves both, if that is not much more
+        memory than this one alone takes."""
+        held_blocks, held_tokens = self._cache_shape
+        both = max(num_blocks, held_blocks), max(block_tokens, held_tokens)
+        serves_both = prod(both) <= MAX_GROWTH * num_blocks * block_tokens
+        return both if serves_both else (num_blocks, block_tokens)
 
     def _shape_serves(self, num_blocks: int, block_tokens: int) -> bool:
         held_blocks, held_tokens = self._cache_shape

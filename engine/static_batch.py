@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class StaticBatch:
                 Segment(c.row * self._beams, self._prompts[c.row][c.start : c.stop], lengths[c.row])
                 for c in chunks
             ]
-            ends = torch.tensor([len(s.tokens) for s in segments]).cumsum(0).tolist()
+            ends = list(accumulate(len(s.tokens) for s in segments))
             complete = [c.stop == lengths[c.row] for c in chunks]
             tails = [
                 end - 1 for end, is_complete in zip(ends, complete, strict=True) if is_complete

@@ -38,7 +38,7 @@ OWNERS = {
 
 # The engine's storeys, lowest first: a module may import from lower ones and from its own cell.
 STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("errors",), ("plugins",)),
+    (("errors",), ("plugins",), ("transfer",)),
     (("env",), ("config",), ("quant",), ("limits",), ("engine_file",)),
     (("mapping",), ("comm",), ("threads",), ("cache",), ("loading",)),
     (("record",), ("unified",), ("weights.types", "weights.deferred"), ("kernels",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.sampling import SamplingParams
 from tests.golden.asking import ask, assert_close, question
 from tests.golden.conftest import NEW_TOKENS, NUM_SCORED
 from tests.golden.truth import END_IDS, TINY_YI
@@ -38,3 +39,16 @@ def test_greedy(flags, tiny, open_built, device):
     assert_close(answers.logits, tiny.logits)
     scored = ask(session, question(tiny.prompts[:NUM_SCORED], score=True))
     assert_close(scored.logits, tiny.scores)
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--paged_kv_cache --tokens_per_block 16"], ids=["contiguous", "paged"]
+)
+def test_larger_and_smaller_batches_in_turn(flags, tiny, open_built, device):
+    """The cache grows between them; on a GPU captured steps go with the cache they belong to."""
+    session, steps = open_built(TINY_YI, *flags.split(), device=device), 20
+    for rows in (slice(0, 1), slice(2, 8), slice(0, 1), slice(8, 10), slice(3, 5)):
+        prompts = tiny.prompts[rows]
+        params = [SamplingParams(max_new_tokens=steps, end_ids=END_IDS)] * len(prompts)
+        found = [list(result.beams[0].tokens) for result in session.generate(prompts, params)]
+        assert found == [tokens[:steps] for tokens in tiny.tokens[rows]]

@@ -94,8 +94,8 @@ def _runs(batch: Attending, whole_from: int) -> Iterator[_Run]:
 def _whole_prompts(q_THD: Tensor, layer: LayerCache, batch: Attending, run: _Run) -> Tensor:
     """Causal attention of equally long prompts, all positions of which are new."""
     q_BHSD = q_THD.unflatten(0, (run.count, run.length)).transpose(1, 2)
-    blocks = batch.block_lists[run.sequence : run.sequence + run.count]
-    k_BGSD, v_BGSD = (_gather(stored, blocks, run.length) for stored in (layer.k, layer.v))
+    rows = slice(run.sequence, run.sequence + run.count)
+    k_BGSD, v_BGSD = (_gather(stored, batch, rows, run.length) for stored in (layer.k, layer.v))
     with sdpa_kernel(_backends(q_THD.device), set_priority=True):
         o_BHSD = F.scaled_dot_product_attention(
             q_BHSD, k_BGSD, v_BGSD, is_causal=True, scale=batch.scale, enable_gqa=True
@@ -107,14 +107,14 @@ def _backends(device: torch.device) -> list[SDPBackend]:
     return BACKENDS.get(capability(device), FALLBACKS)
 
 
-def _gather(stored: Tensor, blocks: list[list[int]], length: int) -> Tensor:
+def _gather(stored: Tensor, batch: Attending, rows: slice, length: int) -> Tensor:
     """The first `length` positions of sequences, [B, G, S, D]: a view where each lies in one block
     and the blocks are neighbours."""
     block_tokens = stored.shape[2]
     used = -(-length // block_tokens)
-    firsts = [row[0] for row in blocks]
-    if used == 1 and firsts == list(range(firsts[0], firsts[0] + len(firsts))):
-        return stored[firsts[0] : firsts[0] + len(firsts), :, :length]
-    index = torch.tensor([row[:used] for row in blocks]).to(stored.device, non_blocking=True)
-    gathered = stored[index]  # [B, blocks, G, block_tokens, D]
+    if used == 1:
+        firsts = [row[0] for row in batch.block_lists[rows]]
+        if firsts == list(range(firsts[0], firsts[0] + len(firsts))):
+            return stored[firsts[0] : firsts[0] + len(firsts), :, :length]
+    gathered = stored[batch.block_table_BM[rows, :used]]  # [B, blocks, G, block_tokens, D]
     return gathered.transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -78,14 +78,23 @@ def test_copying_nothing_is_allowed() -> None:
     make_cache().copy_blocks([])
 
 
+def append_slots(tables: BlockTables, row: int, count: int) -> list[int]:
+    """The slots (block * block_tokens + offset) that the table gives `count` new positions."""
+    start = tables.length(row)
+    tables.append(row, count)
+    blocks = tables.table([row])[0].tolist()
+    places = (divmod(start + i, tables.block_tokens) for i in range(count))
+    return [blocks[index] * tables.block_tokens + offset for index, offset in places]
+
+
 def test_append_reserves_blocks_as_a_sequence_grows() -> None:
     tables = BlockTables(6, 4, 3)
     assert tables.open(2) == [0, 1]
-    assert tables.append(0, 3) == [0, 1, 2]
-    assert tables.append(1, 5) == [4, 5, 6, 7, 8]
-    assert tables.append(0, 1) == [3]
-    assert tables.append(0, 2) == [12, 13]
-    assert tables.append(0, 0) == []
+    assert append_slots(tables, 0, 3) == [0, 1, 2]
+    assert append_slots(tables, 1, 5) == [4, 5, 6, 7, 8]
+    assert append_slots(tables, 0, 1) == [3]
+    assert append_slots(tables, 0, 2) == [12, 13]
+    assert append_slots(tables, 0, 0) == []
     assert [tables.length(row) for row in (0, 1)] == [6, 5]
     assert tables.table().tolist() == [[0, 3, 0], [1, 2, 0]]
     assert tables.table().dtype == torch.int32
@@ -103,8 +112,8 @@ def test_a_contiguous_cache_is_one_block_per_sequence() -> None:
     # Both beams of the first prompt go on from its second, those of the other change places.
     assert tables.reorder([1, 1, 3, 2]) == [(2, 0)]
     assert tables.table().tolist() == [[2], [0], [3], [1]]
-    assert tables.append(1, 1) == [60]
-    assert tables.append(2, 1) == [340]
+    assert append_slots(tables, 1, 1) == [60]
+    assert append_slots(tables, 2, 1) == [340]
 
 
 def test_full_blocks_are_shared_and_never_copied() -> None:
@@ -146,7 +155,7 @@ def test_trim_frees_whole_blocks_before_the_window(first_position: int, kept: li
     tables.trim(0, first_position)
     assert tables.free_blocks == 3 - len(kept)
     assert tables.table().tolist() == [[index if index in kept else 0 for index in range(3)]]
-    assert tables.append(0, 1) == [9]
+    assert append_slots(tables, 0, 1) == [9]
 
 
 def test_trimming_one_sharer_keeps_the_block_of_the_other() -> None:
@@ -213,7 +222,7 @@ class Walk:
 
     def append(self) -> None:
         row, count = self.pick(), self.rng.choice((0, 1, 1, 1, 2, 5, 11))
-        slots = self.tables.append(row, count)
+        slots = append_slots(self.tables, row, count)
         assert len(slots) == count
         for slot in slots:
             self.memory.view(-1)[slot] = self.next_token

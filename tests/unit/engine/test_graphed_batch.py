@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 
 from engine.backends import open_engine
 from engine.comm import World
-from engine.graph import BUCKETS, pad_rows
+from engine.graph import BUCKETS, GraphPool, pad_rows
 from engine.graphed_batch import GraphedBatch
 from engine.sampling import SamplingParams
 from tests.cli.build_runner import SMALL_DUMMY, run_here
@@ -28,14 +29,21 @@ def session(request, tmp_path_factory):
     return open_engine(output, World(), device="cpu")
 
 
+class Steps:
+    """In place of a GraphPool: what it does with a cache that goes."""
+
+    def clear(self) -> None:
+        pass
+
+
 def decode_on_device(session, prompts, params) -> list:
     """As `Session.generate`, by a GraphedBatch whose steps run one after the other."""
 
-    class Steps:
+    class Eager(Steps):
         def prepare(self, loop, cache):
             return loop, torch.inference_mode()(partial(loop.advance, session._network, cache))
 
-    session._graphs = Steps()
+    session._graphs = Eager()
     try:
         batch = session._open_batch(prompts, params, context_logits=False, generation_logits=False)
         assert isinstance(batch, GraphedBatch)
@@ -85,7 +93,7 @@ def test_a_used_loop_adopts_another_batch(session):
     params, batches = [GREEDY] * 2, (PROMPTS[:2], [[8, 1, 2], [4]])
     kept = {}
 
-    class Steps:
+    class Keeping(Steps):
         def prepare(self, loop, cache):
             plan = loop.plan()
             if plan in kept:
@@ -96,7 +104,7 @@ def test_a_used_loop_adopts_another_batch(session):
                 partial(captured.advance, session._network, cache)
             )
 
-    session._graphs = Steps()
+    session._graphs = Keeping()
     try:
         found = [session.generate(prompts, params) for prompts in batches]
     finally:
@@ -109,3 +117,132 @@ def test_a_used_loop_adopts_another_batch(session):
 def test_buckets(rows, bucket):
     assert pad_rows(rows) == bucket
     assert rows <= bucket and (bucket in BUCKETS or bucket % BUCKETS[-1] == 0)
+
+
+def test_one_token_needs_no_step(session):
+    class Refusing(Steps):
+        def prepare(self, loop, cache):
+            raise AssertionError("there is nothing to capture for")
+
+    session._graphs = Refusing()
+    params = [replace(GREEDY, max_new_tokens=1)] * 2
+    try:
+        found = session.generate(PROMPTS[:2], params)
+    finally:
+        session._graphs = None
+    assert found == session.generate(PROMPTS[:2], params)
+
+
+class FakeLoop:
+    """A loop whose plan is its name."""
+
+    def __init__(self, name):
+        self.name, self.params, self.num_real = name, [], 0
+
+    def plan(self):
+        return self.name
+
+    def adopt(self, other):
+        assert self.name == other.name
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def advance(self, network, cache):
+        pass
+
+
+class FakePools:
+    """torch.cuda's rule for pools: one lives as long as a graph that uses it, and is then gone."""
+
+    def __init__(self):
+        self.living, self.used, self.made = {}, [], 0
+
+    def graph_pool_handle(self):
+        self.made += 1
+        self.living[self.made] = None
+        return self.made
+
+    @contextmanager
+    def graph(self, graph, pool):
+        count = self.living[pool]
+        assert count is None or count > 0, "the pool is gone"
+        self.living[pool] = (count or 0) + 1
+        graph.release = partial(self.release, pool)
+        self.used.append(pool)
+        yield
+
+    def release(self, pool):
+        self.living[pool] -= 1
+
+
+class FakeGraph:
+    def replay(self):
+        pass
+
+    def __del__(self):
+        self.release()
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+def test_graphs_of_another_cache_have_a_pool_of_their_own(monkeypatch):
+    pools = FakePools()
+    for name, value in {
+        "graph_pool_handle": pools.graph_pool_handle,
+        "graph": pools.graph,
+        "CUDAGraph": FakeGraph,
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = GraphPool(network=None)
+    first, second = object(), object()
+    for cache, names in ((first, "aab"), (second, "ab"), (first, "a")):
+        for name in names:
+            graphs.prepare(FakeLoop(name), cache)
+    graphs.clear()
+    graphs.prepare(FakeLoop("a"), first)
+    assert pools.used == [1, 1, 2, 2, 3, 4]
+    assert pools.living == {1: 0, 2: 0, 3: 0, 4: 1}
+
+
+def test_neighbouring_lengths_share_a_cache(session, monkeypatch):
+    monkeypatch.setattr(session, "_cache", None)
+    monkeypatch.setattr(session, "_cache_shape", (0, 0))
+
+    def ask(rows, new_tokens):
+        params = [replace(GREEDY, max_new_tokens=new_tokens)] * rows
+        batch = session._open_batch(
+            PROMPTS[:1] * rows, params, context_logits=False, generation_logits=False
+        )
+        return batch._cache
+
+    held = ask(1, 10)
+    assert held.block_tokens * held.num_blocks == session.info.limits.max_seq_len == 48
+    assert ask(1, 12) is held and ask(1, 8) is held
+    grown = ask(3, 10)
+    assert grown is not held and ask(1, 12) is grown and ask(2, 10) is grown
+
+
+@pytest.mark.parametrize(
+    "held, needed, shape",
+    [
+        ((0, 0), (4, 128), (4, 128)),
+        ((1, 256), (4, 128), (4, 256)),
+        ((64, 256), (1, 1152), (1, 1152)),
+        ((9, 16), (20, 16), (20, 16)),
+    ],
+)
+def test_a_cache_grows_to_serve_what_came_before_if_that_is_cheap(
+    session, monkeypatch, held, needed, shape
+):
+    monkeypatch.setattr(session, "_cache_shape", held)
+    assert session._grow(*needed) == shape
