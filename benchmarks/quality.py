@@ -1,4 +1,5 @@
-"""What each mode costs in quality: perplexity of tiny-yi's held-out text, engine by engine.
+"""What each mode costs in quality: perplexity of tiny-yi's held-out text, and how often the most
+probable token is the exact model's, engine by engine.
 
     python -m benchmarks.quality [--work DIR] [--modes NAME …] [--write README.md]
 
@@ -9,20 +10,30 @@ in windows of 512 that do not overlap, as in models/tiny-yi/evaluate.py.
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from engine.backends import open_engine
+from engine.comm import World
 from utils.cli import Parser, run_main
+from utils.evaluation.perplexity import cut_windows, sum_likelihood
+from utils.evaluation.task import Ids
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "tiny-yi"
 ARTICLES = ROOT / "tests" / "data" / "cnn_dailymail"
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
-BASELINE = "BF16"
+EXACT, BASELINE = "FP32", "BF16"
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ _FP8 = f"{_HF} --enable_fp8 --quantized_fp8_model_path {{fp8}}/llama_tp1_rank0.n
 _INT8_KV = "--int8_kv_cache --ft_model_dir {kv}/1-gpu"
 
 MODES = {
-    "FP32": Mode("--model_dir {model} --dtype float32"),
+    EXACT: Mode("--model_dir {model} --dtype float32"),
     "FP16": Mode("--model_dir {model} --dtype float16"),
     BASELINE: Mode(_HF),
     "INT8 weight-only": Mode(f"{_HF} --use_weight_only"),
@@ -87,10 +98,16 @@ MODES = {
 
 @dataclass(frozen=True)
 class Quality:
-    """An engine's perplexity and the bytes of its rank file."""
+    """An engine's perplexity, its most probable token at every position (int64 [positions], not
+    rounded by anything), and the bytes of its rank file."""
 
     perplexity: float
+    best: Tensor
     bytes: int
+
+    def agreement(self, exact: Quality) -> float:
+        """Part of the positions at which `exact` has the same most probable token."""
+        return (self.best == exact.best).float().mean().item()
 
 
 class Workshop:
@@ -117,7 +134,7 @@ class Workshop:
         if not (folder / "config.json").exists():
             places = {need: self.calibrate(need) for need in mode.needs}
             flags = mode.flags.format(model=MODEL, **places)
-            self._run(f"build.py {flags} --output_dir {folder} {' '.join(extra)}")
+            build(shlex.split(f"{flags} --output_dir {folder} --log_level error"), *extra)
         return folder
 
     def _run(self, command: str) -> None:
@@ -132,32 +149,46 @@ class Workshop:
             raise RuntimeError(f"{command}\n{finished.stdout}\n{finished.stderr}")
 
 
-def measure(folder: Path) -> Quality:
-    """Of a one-rank engine of tiny-yi, on the CPU."""
-    from sentencepiece import SentencePieceProcessor
+def build(flags: list[str], *extra: str) -> None:
+    """build.py in this process: it starts much faster than a new one, and there are many."""
+    import build as script
 
-    from engine.backends import open_engine
-    from engine.comm import World
-    from utils.evaluation.perplexity import perplexity
+    with redirect_stdout(io.StringIO()):
+        status = script.main([*flags, *extra])
+    assert status == 0, flags
+
+
+def measure(folder: Path, device: str = "cpu") -> Quality:
+    """Of a one-rank engine of tiny-yi."""
+    from sentencepiece import SentencePieceProcessor
 
     codec = SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
     tokens = codec.encode((MODEL / "heldout.txt").read_text(encoding="utf-8"))
-    session = open_engine(folder, World(), device="cpu")
-    return Quality(perplexity(session, tokens), session.info.files[0].bytes)
+    session = open_engine(folder, World(), device=device)
+    best: list[Tensor] = []
+
+    def score(windows: Sequence[Ids]) -> Iterator[Tensor]:
+        for logits_SV in session.score(windows):
+            best.append(logits_SV.argmax(-1).cpu())
+            yield logits_SV
+
+    likelihood = sum_likelihood(score, cut_windows(tokens), session.info.config.vocab_size)
+    return Quality(likelihood.perplexity, torch.cat(best), session.info.files[0].bytes)
 
 
 def make_table(found: dict[str, Quality]) -> str:
-    """Markdown; perplexities against the baseline's."""
+    """Markdown; `found` has the exact and the baseline mode."""
     lines = [
-        "| mode | engine file, MB | perplexity | against BF16 |",
-        "|---|---|---|---|",
+        "| mode | engine file, MB | perplexity | against BF16 | same best token as FP32 |",
+        "|---|---|---|---|---|",
     ]
-    base = found[BASELINE].perplexity
+    base, exact = found[BASELINE].perplexity, found[EXACT]
     for name, quality in found.items():
         change = 100 * (quality.perplexity / base - 1)
         against = "–" if name == BASELINE else f"{change:+.2f} %"
+        same = "–" if name == EXACT else f"{100 * quality.agreement(exact):.1f} %"
         size = quality.bytes / 1e6
-        lines.append(f"| {name} | {size:.1f} | {quality.perplexity:.2f} | {against} |")
+        lines.append(f"| {name} | {size:.1f} | {quality.perplexity:.2f} | {against} | {same} |")
     return "\n".join(lines)
 
 
@@ -180,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         work.mkdir(parents=True, exist_ok=True)
         workshop = Workshop(work.resolve())
         found = {}
-        for name in dict.fromkeys([*args.modes, BASELINE]):
+        for name in dict.fromkeys([EXACT, BASELINE, *args.modes]):
             found[name] = measure(workshop.build(name))
             print(f"{name}: {found[name].perplexity:.3f}", file=sys.stderr, flush=True)
     table = make_table({name: found[name] for name in MODES if name in found})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.quality import Workshop
 from engine.backends import open_engine
 from engine.comm import World
 from engine.session import Session
@@ -93,6 +94,12 @@ def open_built(build) -> Open:
         )
 
     return open_built
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    """Calibrations and engines of every mode, each made once per session."""
+    return Workshop(tmp_path_factory.mktemp("quality"))
 
 
 class TinyTruth(NamedTuple):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quality import MODES, Workshop
+from benchmarks.quality import MODES
 from engine.backends import open_engine
 from engine.comm import World, open_world
 from engine.sampling import SamplingParams
@@ -48,11 +48,6 @@ LAYOUTS = {
 }
 SHORT = cut_prompts([1 + index % 6 for index in range(18)])
 LONG = cut_prompts([40, 75])
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("quality"))
 
 
 Truths = Callable[[str, int], list[Tensor]]
