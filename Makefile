@@ -19,6 +19,8 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
+	# A CUDA build of torch brings its Triton; beside a CPU build the interpreter tests the kernels.
+	-$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/pip install -q 'triton==3.6.0'
 	touch $@
 
 demo: $(VENV)/.installed
