@@ -24,7 +24,7 @@ import build
 from utils import log
 from utils.benchmarking.dummy import DTYPES, KV_FLAGS, PRESETS, QUANT_FLAGS, DummyEngine
 from utils.benchmarking.plan import DEFAULT_BATCH, MODES, BenchmarkPlan, plan_benchmark
-from utils.cli import Parser, positive_int, run_main
+from utils.cli import Parser, add_tuning_flag, positive_int, run_main
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,7 @@ def make_parser() -> Parser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any"
     )
+    add_tuning_flag(group)
     group.add_argument(
         "--dummy",
         choices=tuple(PRESETS),
@@ -171,7 +172,10 @@ def _measure(plan: BenchmarkPlan, world: World, device: Device, command: str) ->
     from utils.benchmarking.run import open_run
 
     records = []
-    with _engine(plan, world) as (engine_dir, build_s), open_run(engine_dir, world, device) as run:
+    with (
+        _engine(plan, world) as (engine_dir, build_s),
+        open_run(engine_dir, world, device, tuning=plan.tuning) as run,
+    ):
         for work in plan.works(run.record.limits.max_batch_size):
             if plan.mode == "latency":
                 figures = run.latency(work, repeats=plan.repeats)

@@ -230,7 +230,13 @@ def _add_switches(parser: Parser) -> None:
         group.add_argument(f"--{name}", action="store_true")
     group.add_argument("--gpus_per_node", type=positive_int, default=8)
     group.add_argument("--builder_opt", type=int)
-    group.add_argument("--timing_cache", metavar="FILE", default="model.cache")
+    group.add_argument(
+        "--timing_cache",
+        metavar="FILE",
+        default="model.cache",
+        help="the model.cache of another engine directory: kernels measured there are not measured "
+        "again on the same GPU",
+    )
 
 
 def _add_later_flags(parser: Parser) -> None:

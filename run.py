@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from utils import log
-from utils.cli import Parser, positive_int, run_main
+from utils.cli import Parser, add_tuning_flag, positive_int, run_main
 from utils.generation import add_decoding_flags, add_end_ids
 from utils.output import allow_any_text
 from utils.run_plan import plan_run
@@ -68,6 +68,7 @@ def _add_engine_flags(parser: Parser) -> None:
         metavar="TOKENS",
         help="attend to this many last tokens only (default: all)",
     )
+    add_tuning_flag(group)
     group.add_argument(
         "--log_level",
         default="warning",
@@ -175,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         world,
         device=plan.device,
         max_attention_window=plan.max_attention_window,
+        tuning=plan.tuning,
     )
     for note in session.info.notes:
         log.warn_loudly(note)

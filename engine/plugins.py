@@ -41,7 +41,7 @@ SWITCHES = (
     Switch("disable_weight_only_quant_plugin", None, "weight-only kernels are chosen at run time"),
     Switch("visualize", None, "there is no TensorRT network to draw"),
     Switch("enable_debug_output", None, "there is no TensorRT network to tap"),
-    Switch("timing_cache", None, "operators are chosen by rule in this version"),
+    Switch("timing_cache", None),
     Switch("trust_remote_code", None, "a build never runs code from a checkpoint"),
     Switch("per_group", None, "--weight_only_precision says whether scales are grouped"),
     Switch("paged_kv_cache", "paged_kv_cache"),

@@ -44,7 +44,7 @@ STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("record",), ("unified",), ("weights.types", "weights.deferred"), ("kernels",)),
     (("checkpoint",), ("layers",), ("sampling", "penalties", "beam", "decoding")),
     (("weights",), ("models",)),
-    (("graph", "batch", "static_batch", "graphed_batch"),),
+    (("graph", "batch", "static_batch", "graphed_batch"), ("tactics",)),
     (("session",),),
     (("backends",),),
 )

@@ -126,6 +126,7 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
         switches={switch.flag: flags[switch.flag] for switch in SWITCHES},
         ignored=without_effect(flags, defaults) if flags["backend"] == "torch" else (),
         companions=_companions(source),
+        timing_cache=_timing_cache(flags, defaults),
         warnings=notes,
     )
 
@@ -249,6 +250,14 @@ def _scaled(rope: Rope, kind: str, factor: str, max_positions: int) -> Rope:
             "number above 1, for example --rotary_scaling dynamic 2.0"
         )
     return Rope(rope.theta, kind, factor=value, original_max_positions=max_positions)
+
+
+def _timing_cache(flags: Names[str, Any], defaults: Names[str, Any]) -> Path | None:
+    """The file of measured kernels that the flag names; one that is not there yet is none."""
+    if flags["timing_cache"] == defaults["timing_cache"]:
+        return None
+    path = Path(flags["timing_cache"])
+    return path if path.is_file() else None
 
 
 def _companions(source: WeightSource) -> tuple[Path, ...]:

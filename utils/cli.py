@@ -163,6 +163,16 @@ def _end_of_flags(given: Sequence[str]) -> int:
     return given.index("--") if "--" in given else len(given)
 
 
+def add_tuning_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of every script that runs an engine."""
+    group.add_argument(
+        "--no_tuning",
+        action="store_true",
+        help="choose kernels by rule on a GPU that the engine's model.cache does not know, instead "
+        "of measuring them once, which takes some 20 seconds",
+    )
+
+
 def positive_int(text: str) -> int:
     """Argument type: a whole number of at least 1."""
     return _parse(text, int, "a whole number of at least 1", lambda value: value >= 1)

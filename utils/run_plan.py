@@ -71,6 +71,7 @@ class RunPlan:
     engine_dir: str
     device: str | None
     max_attention_window: int | None
+    tuning: bool
     max_output_len: int
     tokenizer: TokenizerSource
     prompts: PromptSource
@@ -97,6 +98,7 @@ def plan_run(flags: Mapping[str, Any]) -> RunPlan:
         engine_dir=flags["engine_dir"],
         device=None if flags["device"] == "auto" else flags["device"],
         max_attention_window=flags["max_attention_window_size"],
+        tuning=not flags["no_tuning"],
         max_output_len=flags["max_output_len"],
         tokenizer=TokenizerSource(
             folder=flags["tokenizer_dir"],

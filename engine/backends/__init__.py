@@ -45,11 +45,13 @@ def open_engine(
     *,
     device: str | None = None,
     max_attention_window: int | None = None,
+    tuning: bool = False,
 ) -> Session:
     """Load this rank's part of an engine.
 
     `device` is 'cpu', 'cuda' or None (a GPU if there is one); `max_attention_window` limits
-    attention to that many last positions. Raises EngineError for a damaged engine, for one that
+    attention to that many last positions; with `tuning` the first run on a GPU measures which
+    kernels are fastest there. Raises EngineError for a damaged engine, for one that
     was built for another number of ranks, and UserError for a device that is not there.
     """
     record = read_record(engine_dir)
@@ -59,7 +61,12 @@ def open_engine(
             f"--max_attention_window_size {max_attention_window} must be at least 1 position"
         )
     return get_backend(record.backend).open(
-        Path(engine_dir), record, world, device=device, max_attention_window=max_attention_window
+        Path(engine_dir),
+        record,
+        world,
+        device=device,
+        max_attention_window=max_attention_window,
+        tuning=tuning,
     )
 
 

@@ -22,7 +22,8 @@ class BuildPlan:
     `open_checkpoint` is called in every process that reads weights, so it is picklable;
     `switches` are build.py's TensorRT flags for plugin_config and `ignored` says which of them have
     no effect; `companions` are small files (the tokenizer's) that go into the directory unchanged;
-    `warnings` are what the user should know before the work.
+    `timing_cache` is a model.cache to take along, if it is there; `warnings` are what the user
+    should know before the work.
     """
 
     record: EngineRecord
@@ -32,6 +33,7 @@ class BuildPlan:
     switches: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     companions: tuple[Path, ...] = ()
+    timing_cache: Path | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -56,4 +58,5 @@ class Backend(Protocol):
         *,
         device: str | None,
         max_attention_window: int | None,
+        tuning: bool = False,
     ) -> Session: ...

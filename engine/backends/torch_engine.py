@@ -21,6 +21,7 @@ from engine.models.yi import Yi
 from engine.plugins import builder_switches, plugin_config
 from engine.record import EngineRecord
 from engine.session import Session
+from engine.tactics import CACHE_NAME, complete_tactics, load_tactics, read_cache, write_cache
 from engine.threads import share_threads
 from engine.weights.convert import stream_pieces
 from engine.weights.pack import LAYOUT_VERSION
@@ -50,6 +51,8 @@ class TorchBackend:
                         lambda done: progress(done, total),
                     )
             record = replace(record, files=tuple(result.file for result in results))
+            if plan.timing_cache is not None and (known := read_cache(plan.timing_cache)):
+                write_cache(writer.staging / CACHE_NAME, known)
             writer.commit(_config_json(plan, record), plan.companions)
         return BuildReport(
             record=record,
@@ -66,6 +69,7 @@ class TorchBackend:
         *,
         device: str | None,
         max_attention_window: int | None,
+        tuning: bool = False,
     ) -> Session:
         if record.layout_version != LAYOUT_VERSION:
             raise EngineError(
@@ -83,6 +87,11 @@ class TorchBackend:
             tensors = load_tensors(engine_dir / file.name, file, chosen, threads)
         parallel = world.split(mapping.tp, mapping.pp, chosen)
         network = Yi(record.config, record.quant, mapping, record.embedding_dim, tensors, parallel)
+        if chosen.type == "cuda":
+            load_tactics(engine_dir, chosen)
+            if tuning:
+                rows = record.limits.max_batch_size
+                complete_tactics(engine_dir, network, world, rows=rows)
         return Session(
             replace(record, mapping=mapping), network, world, parallel, max_attention_window
         )

@@ -81,6 +81,7 @@ class TrtllmBackend:
         *,
         device: str | None,
         max_attention_window: int | None,
+        tuning: bool = False,
     ) -> TrtllmSession:
         if device == "cpu":
             raise UserError(

@@ -29,6 +29,7 @@ class Attention:
         self._qkv = arrays.linear("qkv")
         self._out = RowParallel(arrays.linear("out"), tp)
         self._shape = shape
+        self.products = (self._qkv.product, self._out.product)
 
     def __call__(
         self, h_TE: Tensor, angles: tuple[Tensor, Tensor], layer: LayerCache, batch: Attending

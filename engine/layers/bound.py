@@ -18,6 +18,10 @@ class BoundLinear:
     def __init__(self, product: Callable[[Tensor], Tensor]):
         self._product = product
 
+    @property
+    def product(self) -> Callable[[Tensor], Tensor]:
+        return self._product
+
     def __call__(self, x_TK: Tensor) -> Tensor:
         return self._product(x_TK)
 

@@ -17,7 +17,11 @@ from engine.quant import Algorithm
 
 
 class Linear(Protocol):
-    """x [T, K] → y [T, N], both in the engine's dtype; N and K are local to the rank."""
+    """x [T, K] → y [T, N], both in the engine's dtype; N and K are local to the rank. `product` is
+    the operation with its weights."""
+
+    @property
+    def product(self) -> Callable[[Tensor], Tensor]: ...
 
     def __call__(self, x_TK: Tensor) -> Tensor: ...
 
@@ -54,6 +58,10 @@ class Projection:
     def __init__(self, linear: Linear):
         self._linear = linear
         self._fused = getattr(linear, "fused", None)
+
+    @property
+    def product(self) -> Callable[[Tensor], Tensor]:
+        return self._linear.product
 
     def __call__(
         self,

@@ -16,6 +16,7 @@ class MLP:
         self._norm = norm
         self._gate_up = arrays.linear("gate_up")
         self._down = RowParallel(arrays.linear("down"), tp)
+        self.products = (self._gate_up.product, self._down.product)
 
     def __call__(self, h_TE: Tensor) -> Tensor:
         a_TF = self._gate_up(h_TE, norm=self._norm, is_gated=True)

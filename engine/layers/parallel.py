@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from engine.comm import Group
@@ -13,6 +15,10 @@ class RowParallel:
 
     def __init__(self, projection: Projection, tp: Group):
         self._projection, self._tp = projection, tp
+
+    @property
+    def product(self) -> Callable[[Tensor], Tensor]:
+        return self._projection.product
 
     def __call__(self, x_TK: Tensor, residual_TN: Tensor) -> Tensor:
         if self._tp.size == 1:

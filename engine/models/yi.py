@@ -7,8 +7,8 @@ Dimensions (sizes are local to the rank):
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as Names
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class Block:
         mlp_norm = Norm(arrays.tensor("mlp_norm.weight"), eps)
         self._attn = Attention(arrays.at("attn"), attn_norm, shape, parallel.tp)
         self._mlp = MLP(arrays.at("mlp"), mlp_norm, parallel.tp)
+        self.products = (*self._attn.products, *self._mlp.products)
 
     def __call__(
         self,
@@ -73,6 +74,7 @@ class Head:
             table_VE = _tied_head(arrays.tensor("embed.weight"), config, parallel)
             self._head = Projection(Dense({"weight": table_VE}))
         self._vocab, self._tp = config.vocab_size, parallel.tp
+        self.product = self._head.product
 
     def __call__(self, h_RE: Tensor) -> Tensor:
         logits_RV = self._tp.all_gather(self._head(h_RE, norm=self._norm))
@@ -109,6 +111,13 @@ class Yi:
             self._embed = Embedding(arrays.tensor("embed.weight"), embedding_dim, parallel.tp)
         if mapping.is_last_stage:
             self._head = Head(arrays, config, parallel)
+
+    def products(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The linear layers' operations, with their weights."""
+        for block in self._blocks:
+            yield from block.products
+        if self._mapping.is_last_stage:
+            yield self._head.product
 
     @torch.inference_mode()
     def __call__(self, step: Step, cache: KVCache) -> Tensor | None:

@@ -29,6 +29,7 @@ FLAGS = {
     "kv",
     "layers",
     "log_level",
+    "no_tuning",
     "num_requests",
     "plot",
     "quant",

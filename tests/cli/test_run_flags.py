@@ -44,6 +44,7 @@ FLAGS = {
     "no_add_special_tokens",
     "no_prompt_template",
     "no_repeat_ngram_size",
+    "no_tuning",
     "num_beams",
     "num_prepend_vtokens",
     "output_csv",

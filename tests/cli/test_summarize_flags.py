@@ -44,6 +44,7 @@ FLAGS = {
     "min_p",
     "no_add_special_tokens",
     "no_repeat_ngram_size",
+    "no_tuning",
     "num_beams",
     "output_dir",
     "output_len",

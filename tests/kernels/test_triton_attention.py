@@ -178,10 +178,22 @@ def test_whole_prompts_by_torch(
 
 def test_neighbouring_blocks_are_not_copied() -> None:
     stored = torch.zeros(6, 2, 8, 4, device=DEVICE)
-    view = attention._gather(stored, [[2, 0], [3, 0]], 7)
+    whole = decoding(Shape(2, 2, 16)).batch
+    stored += torch.arange(6, device=DEVICE)[:, None, None, None]
+
+    def gather(*rows: tuple[int, int], length: int) -> Tensor:
+        # The sequence before these is not asked for.
+        table_BM = torch.tensor([(5, 5), *rows], dtype=torch.int32, device=DEVICE)
+        lens = (length,) * len(table_BM)
+        batch = replace(whole, query_lens=lens, kv_lens=lens, block_table_BM=table_BM)
+        return attention._gather(stored, batch, slice(1, 3), length)
+
+    view = gather((2, 0), (3, 0), length=7)
     assert view.data_ptr() == stored[2].data_ptr() and view.shape == (2, 2, 7, 4)
-    copied = attention._gather(stored, [[3, 0], [2, 0]], 7)
-    assert copied.data_ptr() != stored[3].data_ptr() and copied.shape == (2, 2, 7, 4)
+    copied = gather((3, 0), (2, 0), length=7)
+    assert copied[:, 0, 0, 0].tolist() == [3, 2] and copied.shape == (2, 2, 7, 4)
+    joined = gather((3, 1), (2, 4), length=15)
+    assert joined[:, 1, ::8, 0].tolist() == [[3, 1], [2, 4]] and joined.shape == (2, 2, 15, 4)
 
 
 def test_strided_queries() -> None:

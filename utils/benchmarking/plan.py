@@ -48,6 +48,7 @@ class BenchmarkPlan:
     engine_dir: str
     dummy: DummyEngine | None
     device: str | None
+    tuning: bool
     given: tuple[Workload, ...]
     batches: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
@@ -78,6 +79,7 @@ def plan_benchmark(flags: Mapping[str, Any]) -> BenchmarkPlan:
         engine_dir=flags["engine_dir"] or DEFAULT_ENGINE_DIR,
         dummy=dummy,
         device=None if flags["device"] == "auto" else flags["device"],
+        tuning=not flags["no_tuning"],
         given=parse_workloads(flags["workload"] or ()),
         batches=batches,
         lengths=parse_lengths(flags["input_output_len"] or DEFAULT_LENGTHS),

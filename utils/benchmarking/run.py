@@ -120,7 +120,12 @@ def open_device(name: str | None, world: World) -> Device:
 
 
 @contextmanager
-def open_run(engine_dir: str, world: World, device: Device) -> Iterator[EngineRun]:
+def open_run(
+    engine_dir: str, world: World, device: Device, *, tuning: bool = False
+) -> Iterator[EngineRun]:
+    """With `tuning` kernels are measured before, in a session of their own."""
+    if tuning and device.torch_device.type == "cuda":
+        open_engine(engine_dir, world, device=device.torch_device.type, tuning=True)
     with PeakMemory(on_gpu=device.torch_device.type == "cuda") as memory:
         start = time.perf_counter()
         session = open_engine(engine_dir, world, device=device.torch_device.type)

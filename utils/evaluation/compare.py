@@ -100,6 +100,7 @@ class Comparison:
             references=reference.answers if reference and self._is_comparable else None,
             device=self._plan.device,
             max_attention_window=self._plan.max_attention_window,
+            tuning=self._plan.tuning,
         )
         if len(self._plan.engine_dirs) > 1:
             ranks = self.prepared.records[place].mapping.world

@@ -51,6 +51,7 @@ class EngineJob:
     references: tuple[Ids, ...] | None
     device: str | None
     max_attention_window: int | None
+    tuning: bool
 
 
 def run_engine(job: EngineJob, world: World, watch: Watch) -> Outcome:
@@ -66,6 +67,7 @@ def run_engine(job: EngineJob, world: World, watch: Watch) -> Outcome:
             world,
             device=job.device,
             max_attention_window=job.max_attention_window,
+            tuning=job.tuning,
         )
         for note in session.info.notes:
             log.warn_loudly(note)

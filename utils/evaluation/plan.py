@@ -81,6 +81,7 @@ class EvaluationPlan:
     bad_words: tuple[str, ...]
     device: str | None
     max_attention_window: int | None
+    tuning: bool
     checks: Checks
     output_dir: str | None
     remarks: tuple[str, ...]
@@ -126,6 +127,7 @@ def plan_evaluation(flags: Mapping[str, Any]) -> EvaluationPlan:
         bad_words=tuple((flags["bad_words"] or [()])[0]),
         device=None if flags["device"] == "auto" else flags["device"],
         max_attention_window=flags["max_attention_window_size"],
+        tuning=not flags["no_tuning"],
         checks=Checks(
             rouge1=flags["tensorrt_llm_rouge1_threshold"] if flags["check_accuracy"] else None,
             parity=flags["check_parity"],

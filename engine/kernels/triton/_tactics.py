@@ -26,6 +26,11 @@ MAX_PROGRAMS = 1024
 # Iterations a split of K must keep, to fill its software pipeline.
 MIN_ITERATIONS = 2
 
+# What a program may cut K into.
+SPLITS = (1, 2, 4, 8, MAX_SPLITS)
+# Candidates of each kind that a first run measures: compiling one takes a second.
+SHORT = {GEMV: 3, TILES: 3, LIBRARY: 1}
+
 ACTIVATION_CODES = ("linear_w8a8", "linear_fp8")
 NIBBLES = ("linear_int4", "linear_int4_groups")
 
@@ -57,6 +62,7 @@ _ROWS_WARPS = {
     **dict.fromkeys(NIBBLES, _NIBBLES_ROWS_WARPS),
 }
 _CODES_PER_LANE = {"linear": 8, "linear_int8": 16, "linear_int4": 32, "linear_int4_groups": 32}
+OPS = (*_CODES_PER_LANE, *ACTIVATION_CODES)
 
 # rows, inputs, warps, stages for few tokens; weights are the wide operand.
 _FEW = ((64, 128, 4, 4), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3))
@@ -93,12 +99,39 @@ def choose(op: str, tokens: int, outputs: int, inputs: int, processors: int) -> 
     return first._replace(splits=_splits(first, tokens, outputs, inputs, processors))
 
 
+def short_list(
+    op: str, tokens: int, outputs: int, inputs: int, processors: int
+) -> tuple[Config, ...]:
+    """Candidates that take seconds to measure: a few of each kind, the default among them, and of
+    the splits of K that which suits the device."""
+    found = []
+    for config in candidates(op, tokens, outputs, inputs):
+        if config.kind == TILES and tokens <= 64:
+            if config.splits > 1:
+                continue
+            splits = _splits(config, tokens, outputs, inputs, processors)
+            config = config._replace(splits=splits)
+        found.append(config)
+    kinds = [[c for c in found if c.kind == kind][:most] for kind, most in SHORT.items()]
+    return tuple(config for kind in kinds for config in kind)
+
+
 def load_tactics(tactics: Mapping[str, Sequence[str | int]]) -> None:
-    """Add choices in the form of `measured`; a newer one replaces an older one."""
+    """Add choices in the form of `measured`; a newer one replaces an older one. What is no
+    candidate of this version, for example after an update, is left out."""
     for name, values in tactics.items():
         op, *shape = name.split("/")
-        tokens, outputs, inputs = map(int, shape)
-        _table[op, tokens, outputs, inputs] = Config(*values)
+        try:
+            tokens, outputs, inputs = map(int, shape)
+            config = Config(*values)
+        except (TypeError, ValueError):
+            continue
+        if _is_candidate(config, op, tokens, outputs, inputs):
+            _table[op, tokens, outputs, inputs] = config
+
+
+def is_measured(op: str, tokens: int, outputs: int, inputs: int) -> bool:
+    return (op, token_bucket(tokens), outputs, inputs) in _table
 
 
 def measured() -> dict[str, list[str | int]]:
@@ -108,6 +141,13 @@ def measured() -> dict[str, list[str | int]]:
 
 def record(op: str, tokens: int, outputs: int, inputs: int, config: Config) -> None:
     _table[op, token_bucket(tokens), outputs, inputs] = config
+
+
+def _is_candidate(config: Config, op: str, tokens: int, outputs: int, inputs: int) -> bool:
+    if op not in OPS or tokens not in TOKEN_BUCKETS or config.splits not in SPLITS:
+        return False
+    known = candidates(op, tokens, outputs, inputs)
+    return config._replace(splits=1) in {c._replace(splits=1) for c in known}
 
 
 def _gemv_candidates(op: str) -> tuple[Config, ...]:

@@ -47,13 +47,18 @@ def replay_us(runs: Sequence[Callable[[], Any]]) -> float:
 
 
 def tune(
-    products: Sequence[Product], x_TK: Tensor, report: Callable[[str], None] = lambda line: None
+    products: Sequence[Product],
+    x_TK: Tensor,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    configs: Sequence[Config] | None = None,
 ) -> Config:
-    """Measure every candidate for x on layers of one shape, and keep the fastest in the table."""
+    """Measure `configs` (default: every candidate) for x on layers of one shape, and keep the
+    fastest in the table."""
     first = products[0]
     shape = (len(x_TK), first.weights.outputs, first.weights.inputs)
     best, best_us = None, float("inf")
-    for config in candidates(first.op, *shape):
+    for config in configs or candidates(first.op, *shape):
         try:
             us = replay_us([lambda p=p, c=config: p.apply(x_TK, c) for p in products])
         except UNFIT as error:

@@ -143,13 +143,21 @@ def test_rope_flags_shape_a_dummy_too():
 
 def test_ignored_switches_are_listed(checkpoint):
     made = plan(
-        model_dir=checkpoint, use_gemm_plugin="float16", paged_kv_cache=True, timing_cache="x"
+        model_dir=checkpoint, use_gemm_plugin="float16", paged_kv_cache=True, visualize=True
     )
     assert [sentence.split()[0] for sentence in made.ignored] == [
         "--use_gemm_plugin",
-        "--timing_cache",
+        "--visualize",
     ]
     assert made.switches["use_gemm_plugin"] == "float16"
+
+
+def test_a_timing_cache_is_taken_along_if_it_is_there(checkpoint, tmp_path):
+    path = tmp_path / "other.cache"
+    assert plan(model_dir=checkpoint).timing_cache is None
+    assert plan(model_dir=checkpoint, timing_cache=str(path)).timing_cache is None
+    path.write_text("{}")
+    assert plan(model_dir=checkpoint, timing_cache=str(path)).timing_cache == path
 
 
 @pytest.mark.parametrize("flag", LATER)
