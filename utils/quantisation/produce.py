@@ -25,6 +25,7 @@ from engine.quant import DEFAULT_GROUP_SIZE
 from utils import log
 from utils.build_plan import TOKENIZER_FILES
 from utils.datasets import calibration_texts
+from utils.quantisation.awq_model import refine, watch_inputs
 from utils.quantisation.batches import make_batches
 from utils.quantisation.checks import check
 from utils.quantisation.gptq_file import plan_tensors
@@ -99,10 +100,14 @@ def _make_batches(config: ModelConfig, plan: QuantisePlan) -> list[Tensor]:
     )
 
 
+def _load(checkpoint: Checkpoint, plan: QuantisePlan) -> LlamaForCausalLM:
+    return load_model(checkpoint, getattr(torch, plan.dtype), torch.device(plan.device))
+
+
 def _calibrated(
     checkpoint: Checkpoint, batches: Sequence[Tensor], plan: QuantisePlan
 ) -> LlamaForCausalLM:
-    model = load_model(checkpoint, getattr(torch, plan.dtype), torch.device(plan.device))
+    model = _load(checkpoint, plan)
     return quantise_model(model, batches, plan.qformat, plan.group_size)
 
 
@@ -130,7 +135,11 @@ def _describe(config: ModelConfig, batches: Sequence[Tensor], plan: QuantisePlan
 
 
 def _produce_awq(checkpoint: Checkpoint, batches: Sequence[Tensor], plan: QuantisePlan) -> None:
-    state = read_awq_state(_calibrated(checkpoint, batches, plan))
+    model = _load(checkpoint, plan)
+    with watch_inputs(model, checkpoint.config, plan.group_size) as hessians:
+        model = quantise_model(model, batches, plan.qformat, plan.group_size)
+    state = read_awq_state(model)
+    refine(state, checkpoint, hessians)
     with write_file(plan.output) as draft:
         torch.save(state, draft)
 
