@@ -105,7 +105,7 @@ def test_parameters_reach_the_engine(call, engine, tokenizer):
             bad_words=(tuple(tokenizer.encode(" cat")),),
         )
     ]
-    options = {"device": "cpu", "max_attention_window": 32}
+    options = {"device": "cpu", "max_attention_window": 32, "tuning": True}
     assert session.opened == [(str(engine), 1, options)]
 
 
