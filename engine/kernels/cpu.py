@@ -1,7 +1,6 @@
 """Fast operations for x86 CPUs, chosen by measurement (benchmarks/cpu_linear.py, NOTES.md there).
 
-Only what is slow in `reference`: its norms and other row-wise operations are at the memory's
-speed already. Knows nothing of quantised weights.
+Only what is slow in `reference`. Knows nothing of quantised weights.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from engine.cache import LayerCache
 from engine.kernels import reference
 from engine.kernels.api import Attending
-from engine.kernels.native import dense
+from engine.kernels.native import dense, rowwise
 
 # Up to this many tokens the own kernel is faster than PyTorch's.
 NATIVE_TOKENS = {torch.bfloat16: 4, torch.float16: 16, torch.float32: 8}
@@ -55,6 +54,19 @@ def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
     return F.linear(x_TK, w_NK)
 
 
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    y_TE = rowwise.rms_norm(x_TE, weight_E, eps)
+    return reference.rms_norm(x_TE, weight_E, eps) if y_TE is None else y_TE
+
+
+def rope(q_THD: Tensor, k_TGD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> tuple[Tensor, Tensor]:
+    q_out_THD = rowwise.rotate(q_THD, cos_TC, sin_TC)
+    k_out_TGD = rowwise.rotate(k_TGD, cos_TC, sin_TC)
+    if q_out_THD is None or k_out_TGD is None:
+        return reference.rope(q_THD, k_TGD, cos_TC, sin_TC)
+    return q_out_THD, k_out_TGD
+
+
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -> None:
     if len(slots_T) > FEW_TOKENS:
         reference.write_kv(k_TGD, v_TGD, layer, slots_T)
@@ -77,7 +89,7 @@ def rope_write_kv(
     layer: LayerCache,
     slots_T: Tensor,
 ) -> Tensor:
-    q_THD, k_TGD = reference.rope(q_THD, k_TGD, cos_TC, sin_TC)
+    q_THD, k_TGD = rope(q_THD, k_TGD, cos_TC, sin_TC)
     write_kv(k_TGD, v_TGD, layer, slots_T)
     return q_THD
 

@@ -96,7 +96,7 @@ FAMILIES = (
         "cpu",
         "engine.kernels.cpu",
         ("cpu",),
-        ("linear", "write_kv", "rope_write_kv", "attention"),
+        ("linear", "rms_norm", "rope", "write_kv", "rope_write_kv", "attention"),
     ),
     Family(
         "reference",

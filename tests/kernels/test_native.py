@@ -11,7 +11,7 @@ import torch
 
 from engine import env
 from engine.kernels import cpu, cpu_int4
-from engine.kernels.native import compiled, dense
+from engine.kernels.native import compiled, dense, rowwise
 from engine.kernels.native.int4 import PackedInt4
 from tests.kernels.helpers import DTYPES, TOLERANCES, assert_close, random
 from tests.kernels.quantized import groups_layer, int4_layer
@@ -105,6 +105,51 @@ def test_fp16_weights_are_read_exactly(library) -> None:
     w = bits[bits.isfinite()].reshape(-1, 1024)
     y = dense.multiply(library("dense"), torch.eye(1024)[:8], w)
     assert torch.equal(y, w.T[:8])
+
+
+@pytest.fixture
+def rowwise_library(library, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = library("rowwise")
+    monkeypatch.setattr(rowwise.compiled, "load", lambda name: found)
+
+
+@pytest.mark.usefixtures("rowwise_library")
+@pytest.mark.parametrize("tokens", [0, 1, 19])
+@DTYPES
+def test_rms_norm(dtype: torch.dtype, tokens: int) -> None:
+    x, weight = random(tokens, 4096, dtype=dtype), random(4096, dtype=dtype, seed=1)
+    y = rowwise.rms_norm(x, weight, 1e-5)
+    wide = x.double()
+    truth = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    assert y.dtype == dtype and y.shape == x.shape
+    if tokens:
+        assert_close(y, truth)
+
+
+@pytest.mark.usefixtures("rowwise_library")
+@DTYPES
+def test_rotation_of_heads_among_others(dtype: torch.dtype) -> None:
+    x = random(19, 6, 64, dtype=dtype)[:, 1:4]
+    angle = random(19, 32, seed=2)
+    y = rowwise.rotate(x, angle.cos(), angle.sin())
+    pairs = torch.complex(*x.double().chunk(2, dim=-1))
+    turned = pairs * torch.polar(torch.ones(()).double(), angle.double())[:, None]
+    assert_close(y, torch.cat([turned.real, turned.imag], dim=-1))
+
+
+@pytest.mark.usefixtures("rowwise_library")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_as_pytorch_rounds(dtype: torch.dtype) -> None:
+    """Every value of the dtype times numbers that make ties, overflows and subnormal values."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1, 32)
+    x = x.nan_to_num(1.0)
+    for factor in (1.0, 0.5, 1.5, 0.75, 1 + 2**-12, 2.0, 2**-10):
+        cos, sin = torch.full((len(x), 16), factor), torch.zeros(len(x), 16)
+        expected = (x.float() * factor).to(dtype)
+        assert torch.equal(rowwise.rotate(x, cos, sin), expected)
+    x[0, 0, :2] = torch.tensor([torch.nan, -torch.inf])
+    y = rowwise.rotate(x, cos, sin)
+    assert y[0, 0, 0].isnan() and y[0, 0, 1] == -torch.inf
 
 
 def test_rows_apart_are_multiplied_by_pytorch() -> None:

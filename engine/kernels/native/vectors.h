@@ -40,6 +40,34 @@ inline Floats load_floats(const Fp16* address) {
   return reinterpret_cast<Floats>(reinterpret_cast<Ints>(magnitude) | (bits & 0x8000) << 16);
 }
 
+// Stores round to nearest, ties to even, as PyTorch's casts do; subnormal fp16 may be rounded twice.
+inline void store_floats(float* address, Floats v) { std::memcpy(address, &v, sizeof(v)); }
+
+template <int Dropped>
+inline Ints round_bits(Ints bits) {
+  return (bits + ((1 << (Dropped - 1)) - 1) + (bits >> Dropped & 1)) >> Dropped;
+}
+
+inline void store_halves(void* address, Ints magnitude, Ints sign) {
+  const Halves halves = __builtin_convertvector(magnitude | sign, Halves);
+  std::memcpy(address, &halves, sizeof(halves));
+}
+
+inline void store_floats(Bf16* address, Floats v) {
+  const Ints bits = reinterpret_cast<Ints>(v), magnitude = bits & 0x7fffffff;
+  const Ints rounded = magnitude > 0x7f800000 ? Ints{} + 0x7fc0 : round_bits<16>(magnitude);
+  store_halves(address, rounded, bits >> 16 & 0x8000);
+}
+
+inline void store_floats(Fp16* address, Floats v) {
+  const Ints bits = reinterpret_cast<Ints>(v), magnitude = bits & 0x7fffffff;
+  const Floats scaled = reinterpret_cast<Floats>(magnitude) * 0x1p-112f;
+  Ints rounded = round_bits<13>(reinterpret_cast<Ints>(scaled));
+  rounded = rounded > 0x7c00 ? Ints{} + 0x7c00 : rounded;
+  rounded = magnitude > 0x7f800000 ? Ints{} + 0x7e00 : rounded;
+  store_halves(address, rounded, bits >> 16 & 0x8000);
+}
+
 inline Ints load_ints(const uint8_t* address) {
   return __builtin_convertvector(load<Quarters>(address), Ints);
 }
