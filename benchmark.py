@@ -24,7 +24,7 @@ import build
 from utils import log
 from utils.benchmarking.dummy import DTYPES, KV_FLAGS, PRESETS, QUANT_FLAGS, DummyEngine
 from utils.benchmarking.plan import DEFAULT_BATCH, MODES, BenchmarkPlan, plan_benchmark
-from utils.cli import Parser, add_tuning_flag, positive_int, run_main
+from utils.cli import Parser, add_gpu_flags, positive_int, run_main
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def make_parser() -> Parser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any"
     )
-    add_tuning_flag(group)
+    add_gpu_flags(group)
     group.add_argument(
         "--dummy",
         choices=tuple(PRESETS),
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run_kernels(pick_device(plan.device, world)) if world.rank == 0 else 0
     from utils.benchmarking.run import open_device
 
-    device = open_device(plan.device, world)
+    device = open_device(plan.device, world, may_share_gpu=plan.may_share_gpu)
     records = []
     if plan.mode != "limits":
         records = _measure(plan, world, device, command("benchmark.py", argv))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from utils import log
-from utils.cli import Parser, add_tuning_flag, positive_int, run_main
+from utils.cli import Parser, add_gpu_flags, positive_int, run_main
 from utils.generation import add_decoding_flags, add_end_ids
 from utils.output import allow_any_text
 from utils.run_plan import plan_run
@@ -68,7 +68,7 @@ def _add_engine_flags(parser: Parser) -> None:
         metavar="TOKENS",
         help="attend to this many last tokens only (default: all)",
     )
-    add_tuning_flag(group)
+    add_gpu_flags(group)
     group.add_argument(
         "--log_level",
         default="warning",
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         device=plan.device,
         max_attention_window=plan.max_attention_window,
         tuning=plan.tuning,
+        may_share_gpu=plan.may_share_gpu,
     )
     for note in session.info.notes:
         log.warn_loudly(note)

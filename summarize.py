@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from utils import log
-from utils.cli import Parser, add_tuning_flag, non_negative_float, positive_int, run_main
+from utils.cli import Parser, add_gpu_flags, non_negative_float, positive_int, run_main
 from utils.evaluation.plan import DATA_TYPES, TASKS, plan_evaluation
 from utils.generation import add_decoding_flags
 from utils.output import allow_any_text
@@ -79,7 +79,7 @@ def _add_side_flags(parser: Parser) -> None:
         metavar="TOKENS",
         help="the engine attends to this many last tokens only (default: all)",
     )
-    add_tuning_flag(group)
+    add_gpu_flags(group)
     group.add_argument(
         "--tokenizer_dir", metavar="DIR", help="default: the checkpoint's, else the engine's"
     )

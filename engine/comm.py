@@ -266,6 +266,9 @@ class World:
             device=device,
         )
 
+    def refuse_shared_gpus(self, device: torch.device) -> None:
+        """Raise UserError if another rank has the GPU `device`, too. Every rank calls it."""
+
     def _group_opener(self, device: torch.device) -> Callable[[Sequence[Ranks]], Group]:
         return lambda partition: Solo()
 
@@ -299,6 +302,15 @@ class MpiWorld(World):
     def abort(self, code: int) -> NoReturn:
         self._comm.Abort(code)
         raise AssertionError("MPI_Abort does not return")
+
+    def refuse_shared_gpus(self, device: torch.device) -> None:
+        gpus = self.all_gather(_gpu_of(device))
+        there = len(set(gpus))
+        if None not in gpus and there < self.size:
+            raise UserError(
+                f"{self.size} ranks would share {there} GPU{'s' * (there > 1)}, which is slow; use "
+                "an engine of fewer ranks, --device cpu, or --oversubscribe_gpu to share them"
+            )
 
     def _group_opener(self, device: torch.device) -> Callable[[Sequence[Ranks]], Group]:
         gpus = self.all_gather(_gpu_of(device))

@@ -163,13 +163,19 @@ def _end_of_flags(given: Sequence[str]) -> int:
     return given.index("--") if "--" in given else len(given)
 
 
-def add_tuning_flag(group: argparse._ActionsContainer) -> None:
-    """The flag of every script that runs an engine."""
+def add_gpu_flags(group: argparse._ActionsContainer) -> None:
+    """Those of every script that runs an engine."""
     group.add_argument(
         "--no_tuning",
         action="store_true",
         help="choose kernels by rule on a GPU that the engine's model.cache does not know, instead "
         "of measuring them once, which takes some 20 seconds",
+    )
+    group.add_argument(
+        "--oversubscribe_gpu",
+        action="store_true",
+        help="let several ranks share a GPU, which is slow, to try an engine for more GPUs than "
+        "there are",
     )
 
 

@@ -72,6 +72,7 @@ class RunPlan:
     device: str | None
     max_attention_window: int | None
     tuning: bool
+    may_share_gpu: bool
     max_output_len: int
     tokenizer: TokenizerSource
     prompts: PromptSource
@@ -99,6 +100,7 @@ def plan_run(flags: Mapping[str, Any]) -> RunPlan:
         device=None if flags["device"] == "auto" else flags["device"],
         max_attention_window=flags["max_attention_window_size"],
         tuning=not flags["no_tuning"],
+        may_share_gpu=flags["oversubscribe_gpu"],
         max_output_len=flags["max_output_len"],
         tokenizer=TokenizerSource(
             folder=flags["tokenizer_dir"],

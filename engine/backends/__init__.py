@@ -46,13 +46,16 @@ def open_engine(
     device: str | None = None,
     max_attention_window: int | None = None,
     tuning: bool = False,
+    may_share_gpu: bool = True,
 ) -> Session:
     """Load this rank's part of an engine.
 
     `device` is 'cpu', 'cuda' or None (a GPU if there is one); `max_attention_window` limits
     attention to that many last positions; with `tuning` the first run on a GPU measures which
-    kernels are fastest there. Raises EngineError for a damaged engine, for one that
-    was built for another number of ranks, and UserError for a device that is not there.
+    kernels are fastest there; `may_share_gpu` allows several ranks on one GPU.
+
+    Raises EngineError for a damaged engine, for one that was built for another number of ranks,
+    and UserError for a device that is not there or may not be shared.
     """
     record = read_record(engine_dir)
     _check_world(record, world, Path(engine_dir))
@@ -67,6 +70,7 @@ def open_engine(
         device=device,
         max_attention_window=max_attention_window,
         tuning=tuning,
+        may_share_gpu=may_share_gpu,
     )
 
 

@@ -59,4 +59,5 @@ class Backend(Protocol):
         device: str | None,
         max_attention_window: int | None,
         tuning: bool = False,
+        may_share_gpu: bool = True,
     ) -> Session: ...

@@ -70,6 +70,7 @@ class TorchBackend:
         device: str | None,
         max_attention_window: int | None,
         tuning: bool = False,
+        may_share_gpu: bool = True,
     ) -> Session:
         if record.layout_version != LAYOUT_VERSION:
             raise EngineError(
@@ -77,6 +78,8 @@ class TorchBackend:
                 f"this program reads layout {LAYOUT_VERSION}; build the engine again"
             )
         chosen = pick_device(device, world)
+        if not may_share_gpu:
+            world.refuse_shared_gpus(chosen)
         threads = share_threads(world)
         mapping = record.mapping.at(world.rank)
         file = record.files[mapping.rank]

@@ -82,6 +82,7 @@ class TrtllmBackend:
         device: str | None,
         max_attention_window: int | None,
         tuning: bool = False,
+        may_share_gpu: bool = True,
     ) -> TrtllmSession:
         if device == "cpu":
             raise UserError(

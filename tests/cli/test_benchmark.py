@@ -31,6 +31,7 @@ FLAGS = {
     "log_level",
     "no_tuning",
     "num_requests",
+    "oversubscribe_gpu",
     "plot",
     "quant",
     "repeats",

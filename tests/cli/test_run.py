@@ -105,7 +105,12 @@ def test_parameters_reach_the_engine(call, engine, tokenizer):
             bad_words=(tuple(tokenizer.encode(" cat")),),
         )
     ]
-    options = {"device": "cpu", "max_attention_window": 32, "tuning": True}
+    options = {
+        "device": "cpu",
+        "max_attention_window": 32,
+        "tuning": True,
+        "may_share_gpu": False,
+    }
     assert session.opened == [(str(engine), 1, options)]
 
 

@@ -52,6 +52,7 @@ FLAGS = {
     "output_log_probs_npy",
     "output_logits_npy",
     "output_npy",
+    "oversubscribe_gpu",
     "pad_id",
     "presence_penalty",
     "prompt_table_path",

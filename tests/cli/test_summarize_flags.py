@@ -48,6 +48,7 @@ FLAGS = {
     "num_beams",
     "output_dir",
     "output_len",
+    "oversubscribe_gpu",
     "pad_id",
     "ppl_file",
     "presence_penalty",

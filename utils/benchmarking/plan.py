@@ -49,6 +49,7 @@ class BenchmarkPlan:
     dummy: DummyEngine | None
     device: str | None
     tuning: bool
+    may_share_gpu: bool
     given: tuple[Workload, ...]
     batches: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
@@ -80,6 +81,7 @@ def plan_benchmark(flags: Mapping[str, Any]) -> BenchmarkPlan:
         dummy=dummy,
         device=None if flags["device"] == "auto" else flags["device"],
         tuning=not flags["no_tuning"],
+        may_share_gpu=flags["oversubscribe_gpu"],
         given=parse_workloads(flags["workload"] or ()),
         batches=batches,
         lengths=parse_lengths(flags["input_output_len"] or DEFAULT_LENGTHS),

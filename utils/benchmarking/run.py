@@ -110,9 +110,11 @@ class EngineRun:
             )
 
 
-def open_device(name: str | None, world: World) -> Device:
+def open_device(name: str | None, world: World, *, may_share_gpu: bool = True) -> Device:
     """Measures the limits; the ranks do so at the same time."""
     device = pick_device(name, world)
+    if not may_share_gpu:
+        world.refuse_shared_gpus(device)
     threads = share_threads(world)
     world.barrier()
     limits = combine(world.all_gather(measure_limits(device)))

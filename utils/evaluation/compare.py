@@ -101,6 +101,7 @@ class Comparison:
             device=self._plan.device,
             max_attention_window=self._plan.max_attention_window,
             tuning=self._plan.tuning,
+            may_share_gpu=self._plan.may_share_gpu,
         )
         if len(self._plan.engine_dirs) > 1:
             ranks = self.prepared.records[place].mapping.world

@@ -52,6 +52,7 @@ class EngineJob:
     device: str | None
     max_attention_window: int | None
     tuning: bool
+    may_share_gpu: bool
 
 
 def run_engine(job: EngineJob, world: World, watch: Watch) -> Outcome:
@@ -68,6 +69,7 @@ def run_engine(job: EngineJob, world: World, watch: Watch) -> Outcome:
             device=job.device,
             max_attention_window=job.max_attention_window,
             tuning=job.tuning,
+            may_share_gpu=job.may_share_gpu,
         )
         for note in session.info.notes:
             log.warn_loudly(note)

@@ -82,6 +82,7 @@ class EvaluationPlan:
     device: str | None
     max_attention_window: int | None
     tuning: bool
+    may_share_gpu: bool
     checks: Checks
     output_dir: str | None
     remarks: tuple[str, ...]
@@ -128,6 +129,7 @@ def plan_evaluation(flags: Mapping[str, Any]) -> EvaluationPlan:
         device=None if flags["device"] == "auto" else flags["device"],
         max_attention_window=flags["max_attention_window_size"],
         tuning=not flags["no_tuning"],
+        may_share_gpu=flags["oversubscribe_gpu"],
         checks=Checks(
             rouge1=flags["tensorrt_llm_rouge1_threshold"] if flags["check_accuracy"] else None,
             parity=flags["check_parity"],

@@ -380,3 +380,31 @@ def test_hardware_threads_of_a_core_count_once(
     assert thread_share._count_cores(frozenset({0, 2})) == 1
     # CPUs 8 and 9 are unknown to the system.
     assert thread_share._count_cores(frozenset({1, 8, 9})) == 3
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shared"),
+    [
+        (["a", "a"], "2 ranks would share 1 GPU,"),
+        (["a", "b", "a", "b"], "4 ranks would share 2 GPUs,"),
+        (["a", "b"], None),
+        ([None, None], None),
+    ],
+)
+def test_ranks_that_share_a_gpu_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str | None], shared: str | None
+) -> None:
+    world = object.__new__(MpiWorld)
+    world.size = len(gpus)
+    monkeypatch.setattr(world, "all_gather", lambda own: gpus)
+    monkeypatch.setattr(comm, "_gpu_of", lambda device: gpus[0])
+    World().refuse_shared_gpus(CPU)
+    if shared is None:
+        world.refuse_shared_gpus(CPU)
+        return
+    with pytest.raises(UserError) as error:
+        world.refuse_shared_gpus(CPU)
+    assert str(error.value) == (
+        f"{shared} which is slow; use an engine of fewer ranks, --device cpu, or "
+        "--oversubscribe_gpu to share them"
+    )
