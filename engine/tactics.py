@@ -98,7 +98,8 @@ def complete_tactics(engine_dir: Path, network: Yi, world: World, *, rows: int) 
     cases = find_cases(network, rows)
     if cases:
         logger.warning(
-            "the kernels of %d layer shapes are measured on %s, once: %s keeps the choice",
+            "kernels for %d pairs of layer shape and batch are measured on %s, once: %s keeps the "
+            "choice (--no_tuning chooses by rule)",
             len(cases),
             name,
             path,
@@ -121,7 +122,13 @@ def find_cases(network: Yi, rows: int) -> list[Case]:
             by_shape[product.op, weights.outputs, weights.inputs].append(product)
     buckets = sorted({1, _tactics.token_bucket(rows)})
     cases = [Case(products, tokens) for tokens in buckets for products in by_shape.values()]
-    return [case for case in cases if not _tactics.is_measured(*case.key)]
+    return [case for case in cases if _is_open(*case.key)]
+
+
+def _is_open(op: str, tokens: int, outputs: int, inputs: int) -> bool:
+    """Whether there is a choice, and nobody has measured it."""
+    several = len(_tactics.candidates(op, tokens, outputs, inputs)) > 1
+    return several and not _tactics.is_measured(op, tokens, outputs, inputs)
 
 
 def measure(

@@ -8,6 +8,7 @@ returns; nothing is ever measured while serving.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 # One CUDA core sum per row, for a single token; tensor cores; PyTorch's matrix product.
@@ -90,9 +91,12 @@ def candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config,
 
 def choose(op: str, tokens: int, outputs: int, inputs: int, processors: int) -> Config:
     """The measured configuration, or the first candidate with enough splits for the device."""
-    key = (op, token_bucket(tokens), outputs, inputs)
-    if key in _table:
-        return _table[key]
+    best = _table.get((op, token_bucket(tokens), outputs, inputs))
+    return best or _default(op, tokens, outputs, inputs, processors)
+
+
+@lru_cache(maxsize=4096)
+def _default(op: str, tokens: int, outputs: int, inputs: int, processors: int) -> Config:
     first = candidates(op, tokens, outputs, inputs)[0]
     if first.kind != TILES or tokens > 64:
         return first
