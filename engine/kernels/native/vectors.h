@@ -37,7 +37,9 @@ inline Floats load_floats(const Bf16* address) {
 inline Floats load_floats(const Fp16* address) {
   const Ints bits = __builtin_convertvector(load<Halves>(address), Ints);
   const Floats magnitude = reinterpret_cast<Floats>((bits & 0x7fff) << 13) * 0x1p112f;
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(magnitude) | (bits & 0x8000) << 16);
+  const Ints infinite = (bits & 0x7c00) == 0x7c00;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(magnitude) | (infinite & 0x7f800000) |
+                                  (bits & 0x8000) << 16);
 }
 
 // Stores round to nearest, ties to even, as PyTorch's casts do; subnormal fp16 may be rounded twice.
