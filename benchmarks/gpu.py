@@ -54,7 +54,9 @@ class Step:
     is_whole: bool = False
     seconds: float = 90.0
 
-    def command(self, *, layers: int, device: str, work_dir: str, results: Path) -> list[str]:
+    def command(
+        self, *, layers: int, device: str, work_dir: str, results: Path, tuning: bool = True
+    ) -> list[str]:
         if self.preset is None:
             return ["benchmark.py", "limits", "--device", device]
         cut = [] if self.is_whole else ["--layers", str(layers)]
@@ -67,6 +69,7 @@ class Step:
                 "--dummy",
                 self.preset,
                 *own,
+                *([] if tuning else ["--no_tuning"]),
                 "--workload",
                 *self.works,
             ]
@@ -115,11 +118,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--layers", type=positive_int, default=8, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: rehearse")
+    parser.add_argument(
+        "--no_tuning", action="store_true", help="kernels by rule: saves half a minute an engine"
+    )
     parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS])
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
     steps = [step for step in STEPS if args.steps is None or step.name in args.steps]
-    session = GpuSession(Path(args.out), args.layers, args.device, choose_work_dir())
+    session = GpuSession(
+        Path(args.out), args.layers, args.device, choose_work_dir(), tuning=not args.no_tuning
+    )
     for done in session.run(steps, end):
         print(f"{done.status:8} {done.seconds:6.1f} s  {done.name}", flush=True)
     print(session.markdown())
@@ -129,9 +137,9 @@ def main(argv: list[str] | None = None) -> int:
 class GpuSession:
     """Steps one after the other, and what they have found so far."""
 
-    def __init__(self, out: Path, layers: int, device: str, work_dir: str):
+    def __init__(self, out: Path, layers: int, device: str, work_dir: str, *, tuning: bool = True):
         self._out, self._work_dir = out, work_dir
-        self._layers, self._device = layers, device
+        self._layers, self._device, self._tuning = layers, device, tuning
         self._results = out.resolve() / "results.json"
         self._done: list[Done] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +179,11 @@ class GpuSession:
         # A folder of its own, since a step that is killed leaves its engine behind.
         with tempfile.TemporaryDirectory(prefix="yi-step-", dir=self._work_dir) as own:
             flags = step.command(
-                layers=self._layers, device=self._device, work_dir=own, results=self._results
+                layers=self._layers,
+                device=self._device,
+                work_dir=own,
+                results=self._results,
+                tuning=self._tuning,
             )
             return self._run_command(step.name, flags, seconds)
 

@@ -14,10 +14,11 @@ from benchmarks.gpu import STEPS, GpuSession, Step
 from utils.benchmarking.plan import plan_benchmark
 
 
+@pytest.mark.parametrize("tuning", [True, False])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_every_command_is_understood(step, tmp_path):
-    results = tmp_path / "results.json"
-    command = step.command(layers=8, device="cuda", work_dir=str(tmp_path), results=results)
+def test_every_command_is_understood(step, tuning, tmp_path):
+    where = {"work_dir": str(tmp_path), "results": tmp_path / "results.json"}
+    command = step.command(layers=8, device="cuda", tuning=tuning, **where)
     if command[0] == "-m":
         assert command[:2] == ["-m", "benchmarks.peers"]
         args = peers.make_parser().parse_args(command[2:])
@@ -29,6 +30,7 @@ def test_every_command_is_understood(step, tmp_path):
     if step.preset is not None:
         assert len(plan.works(8)) == len(step.works)
         assert plan.dummy.layers == (None if step.is_whole else 8)
+        assert plan.tuning == tuning
 
 
 class Scripted(GpuSession):
