@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
 
+import pytest
+import torch
+
+from engine.backends import open_engine
+from engine.comm import World
+from engine.kernels.triton import _tactics
 from engine.sampling import SamplingParams
+from engine.tactics import CACHE_NAME, read_cache
 from tests.golden.asking import ask, assert_close, question
-from tests.golden.conftest import NEW_TOKENS, NUM_SCORED
+from tests.golden.conftest import HAS_GPU, NEW_TOKENS, NUM_SCORED
 from tests.golden.truth import END_IDS, TINY_YI
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,3 +59,16 @@ def test_larger_and_smaller_batches_in_turn(flags, tiny, open_built, device):
         params = [SamplingParams(max_new_tokens=steps, end_ids=END_IDS)] * len(prompts)
         found = [list(result.beams[0].tokens) for result in session.generate(prompts, params)]
         assert found == [tokens[:steps] for tokens in tiny.tokens[rows]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
+def test_a_first_run_on_a_gpu_measures_its_kernels(tiny, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(_tactics, "_table", {})
+    folder = shutil.copytree(build(TINY_YI), tmp_path / "engine")
+    session = open_engine(folder, World(), device="cuda", tuning=True)
+    known = read_cache(folder / CACHE_NAME)[torch.cuda.get_device_name()]
+    assert {name.rsplit("/", 2)[0] for name in known} == {"linear/1", "linear/8"}
+    params = [SamplingParams(max_new_tokens=NEW_TOKENS, end_ids=END_IDS)] * 3
+    found = session.generate(tiny.prompts[:3], params)
+    assert [list(result.beams[0].tokens) for result in found] == tiny.tokens[:3]
