@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.triton._gemv import _gemv, _gemv_bytes, _gemv_nibbles
+from engine.kernels.triton._gemv import _gemv
 from engine.kernels.triton._matmul import _tiles, _tiles_nibbles, fit
 from engine.kernels.triton._quantize import _quantize
 from engine.kernels.triton._tactics import GEMV, candidates
 from engine.kernels.triton._weights import Weights
 from engine.kernels.triton._widen import _widen_nibbles
+from engine.kernels.triton._words import _gemv_bytes, _gemv_nibbles
 from tests.kernels.triton_compile import Case
 
 OUTPUTS, INPUTS = 4096, 4096
