@@ -1,6 +1,6 @@
 """Which way to compute y = x @ wᵀ on this CPU: the measurement behind engine/kernels/cpu.py.
 
-    python -m benchmarks.cpu_linear [bfloat16] [float16] [float32]
+    python -m benchmarks.cpu_linear [bfloat16] [float16] [float32] [int4]
 
 Times the candidates on Yi-6B's matrices and on small ones, T tokens at a time, and prints a
 Markdown row each: milliseconds, the 10th percentile of single calls. Weights rotate through
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import cpu
+from engine.kernels import cpu, cpu_int4
+from engine.kernels.native import compiled, dense
 
 SHAPES_NK = {
     "qkv": (5120, 4096),
@@ -35,6 +36,7 @@ TOKENS = (1, 2, 4, 16, 128)
 ROTATED_BYTES = 160e6
 MAX_COPIES = 64
 MIN_CALLS, MIN_SECONDS = 3, 0.4
+INT4_GROUP, INT4_BLOCK = 128, 64
 
 Prepared = Callable[[Tensor, int], Tensor]
 
@@ -58,14 +60,21 @@ def widened(weights: list[Tensor]) -> Prepared:
     return lambda x, i: cpu.linear_in_fp32(x, weights[i])
 
 
+def native(weights: list[Tensor]) -> Prepared:
+    """The own kernel, whatever the number of tokens."""
+    library = compiled.load("dense")
+    assert library is not None, "no C++ compiler"
+    return lambda x, i: dense.multiply(library, x, weights[i])
+
+
 def chosen(weights: list[Tensor]) -> Prepared:
     return lambda x, i: cpu.linear(x, weights[i])
 
 
 CANDIDATES = {
-    torch.bfloat16: (library, aten, packed, chosen),
-    torch.float16: (library, widened, chosen),
-    torch.float32: (library, aten, packed, chosen),
+    torch.bfloat16: (library, aten, packed, native, chosen),
+    torch.float16: (library, widened, native, chosen),
+    torch.float32: (library, aten, packed, native, chosen),
 }
 
 
@@ -101,11 +110,37 @@ def measure(name: str, dtype: torch.dtype) -> None:
         print(f"| {name} {outputs}x{inputs} | {tokens} | {' | '.join(times)} |", flush=True)
 
 
+def measure_int4(name: str) -> None:
+    """AWQ's layout, groups of 128 inputs, by PyTorch's operations and by the own kernel."""
+    outputs, inputs = SHAPES_NK[name]
+    copies = min(MAX_COPIES, int(ROTATED_BYTES / (outputs * inputs / 2)) + 2)
+    scale_NR = torch.full((outputs, inputs // INT4_GROUP), 0.01).half()
+    layers = []
+    for _ in range(copies):
+        codes_NB = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
+        layers.append((codes_NB, scale_NR, None, INT4_BLOCK))
+    ways = (cpu_int4.TorchInt4Groups, cpu_int4.NativeInt4)
+    prepared = [[way(*layer) for layer in layers] for way in ways]
+    for tokens in TOKENS:
+        x_TK = torch.randn(tokens, inputs).to(torch.bfloat16)
+        first, second = (products[0](x_TK) for products in prepared)
+        assert (first - second).abs().max() <= 2**-6 * first.abs().max(), "wrong result"
+        times = [
+            f"{time_ms(lambda x, i, products=products: products[i](x), x_TK, copies):.3f}"
+            for products in prepared
+        ]
+        print(f"| {name} {outputs}x{inputs} | {tokens} | {' | '.join(times)} |", flush=True)
+
+
 def main() -> None:
-    dtypes = [getattr(torch, name) for name in sys.argv[1:]] or list(CANDIDATES)
+    chosen_types = sys.argv[1:] or [*(str(dtype)[6:] for dtype in CANDIDATES), "int4"]
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for dtype in dtypes:
+    if "int4" in chosen_types:
+        print("\n| int4, groups of 128 | T | PyTorch | native |\n|---|---|---|---|")
+        for name in SHAPES_NK:
+            measure_int4(name)
+    for dtype in (getattr(torch, name) for name in chosen_types if name != "int4"):
         names = [candidate.__name__ for candidate in CANDIDATES[dtype]]
         print(f"\n| {dtype} | T | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
         for name in SHAPES_NK:
