@@ -242,6 +242,7 @@ def generate_and_fail(engine_dir: str, way: str) -> None:
         return compute(*arguments)
 
     fail_at_last.device, fail_at_last.dtype = compute.device, compute.dtype
+    fail_at_last.kv_scales = compute.kv_scales
     session._network = fail_at_last
     session.generate([[1, 2, 3]], [SamplingParams(max_new_tokens=8, end_ids=())])
     raise AssertionError("it went on")
