@@ -15,6 +15,7 @@ from engine.cache import LayerCache
 from engine.kernels import reference
 from engine.kernels.api import Attending
 from engine.kernels.native import dense, rowwise
+from engine.kernels.native.attention import attend_once
 
 # Up to this many tokens the own kernel is faster than PyTorch's.
 NATIVE_TOKENS = {torch.bfloat16: 4, torch.float16: 16, torch.float32: 8}
@@ -124,6 +125,11 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
 
 def _attend_values(q_THD: Tensor, o_THD: Tensor, past: _Past, batch: Attending) -> None:
     layer, *where = past
+    if len(q_THD) == 1:
+        o_HD = attend_once(q_THD[0], layer.k, layer.v, *where, batch.scale)
+        if o_HD is not None:
+            o_THD[0] = o_HD
+            return
     k_GSD, v_GSD = _read(layer.k, *where), _read(layer.v, *where)
     if q_THD.dtype == torch.float16:
         # fp16 matrix products with several rows are scalar loops; see linear.

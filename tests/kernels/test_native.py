@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from engine import env
 from engine.kernels import cpu, cpu_int4
 from engine.kernels.native import compiled, dense, rowwise
+from engine.kernels.native.attention import attend_once
 from engine.kernels.native.int4 import PackedInt4
-from tests.kernels.helpers import DTYPES, TOLERANCES, assert_close, random
+from tests.kernels.helpers import DTYPES, TOLERANCES, Shape, assert_close, make_scene, random
 from tests.kernels.quantized import groups_layer, int4_layer
 
 # What the compiler is told → what the CPU must have.
@@ -151,6 +153,37 @@ def test_results_are_rounded_as_pytorch_rounds(dtype: torch.dtype) -> None:
     y = rowwise.rotate(x, cos, sin)
     assert y[0, 0, 0].isnan()
     assert y[0, 0, 1] == -torch.inf
+
+
+@pytest.mark.parametrize("kv_len, block_tokens", [(1, 16), (45, 8), (300, 512)])
+@DTYPES
+def test_attention_of_one_token(
+    library, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kv_len: int, block_tokens: int
+) -> None:
+    found, shape = library("attention"), Shape(6, 2, 80)
+    monkeypatch.setattr(compiled, "load", lambda name: found)
+    scene = make_scene([1], [kv_len], shape, block_tokens=block_tokens, dtype=dtype)
+    [blocks], [k_SGD], [v_SGD] = scene.batch.block_lists, scene.keys, scene.values
+    for first in (0, kv_len // 2):
+        seen = (scene.q_THD[0] * 4, scene.layer.k, scene.layer.v, blocks, range(first, kv_len))
+        y_HD = attend_once(*seen, 0.125)
+        q_GRD = seen[0].double().unflatten(0, (2, 3))
+        scores = torch.einsum("grd,sgd->grs", q_GRD, k_SGD[first:].double()) * 0.125
+        truth = torch.einsum("grs,sgd->grd", scores.softmax(-1), v_SGD[first:].double())
+        assert_close(y_HD, truth.flatten(0, 1))
+    assert attend_once(*seen[:1], *(t[..., :72] for t in seen[1:3]), *seen[3:], 1.0) is None
+
+
+@pytest.mark.parametrize("low", [0.0, -30.0, -1000.0])
+def test_attention_weights_far_below_the_largest(low: float) -> None:
+    """Softmax by hand: a position of score 0 and 40 of score `low`."""
+    keys, values = torch.full((1, 1, 41, 16), low), torch.ones(1, 1, 41, 16)
+    keys[:, :, 7], values[:, :, 7] = 0, 3
+    q = torch.zeros(1, 16)
+    q[0, 0] = 1
+    y = attend_once(q, keys, values, [0], range(41), 1.0)
+    rest = 40 * math.exp(low)
+    assert torch.allclose(y, torch.tensor((3 + rest) / (1 + rest)), rtol=1e-6)
 
 
 def test_rows_apart_are_multiplied_by_pytorch() -> None:

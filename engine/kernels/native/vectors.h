@@ -74,10 +74,17 @@ inline Ints load_ints(const uint8_t* address) {
   return __builtin_convertvector(load<Quarters>(address), Ints);
 }
 
+// Halves are added to each other, in registers.
 inline float sum(Floats v) {
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight eights[2];
+  std::memcpy(eights, &v, sizeof(v));
+  const Eight eight = eights[0] + eights[1];
+  Four fours[2];
+  std::memcpy(fours, &eight, sizeof(eight));
+  const Four four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 }  // namespace
