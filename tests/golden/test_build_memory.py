@@ -46,24 +46,31 @@ def yi_6b(tmp_path_factory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+# Of Yi-6B: weights of a layer's matrices, and of the embedding and the head.
+LINEAR = 4096 * (5120 + 4096 + 3 * 11008)
+TABLES = 2 * 64000 * 4096
+LAYERS = 2
+
+
 @pytest.mark.parametrize(
-    "flags",
+    "flags, bits, plain_bits, tables",
     [
-        ["--dtype", "bfloat16"],
-        ["--dtype", "bfloat16", "--tp_size", "2"],
-        ["--dtype", "bfloat16", "--tp_size", "4", "--use_parallel_embedding"],
-        ["--dtype", "bfloat16", "--tp_size", "2", "--parallel_build"],
-        ["--dtype", "float32"],
-        ["--dtype", "float16", "--tp_size", "4"],
+        ("--dtype bfloat16", 16, 16, TABLES),
+        ("--dtype bfloat16 --tp_size 2", 16, 16, TABLES * 3 // 2),
+        ("--dtype bfloat16 --tp_size 4 --use_parallel_embedding", 16, 16, TABLES),
+        ("--dtype bfloat16 --tp_size 2 --parallel_build", 16, 16, TABLES * 3 // 2),
+        ("--dtype float32", 32, 32, TABLES),
+        ("--dtype float16 --use_weight_only --tp_size 2", 8, 16, TABLES * 3 // 2),
+        ("--dtype float16 --use_weight_only --weight_only_precision int4", 4, 16, TABLES),
+        ("--dtype bfloat16 --enable_fp8", 8, 16, TABLES),
     ],
-    ids=" ".join,
 )
-def test_peak_memory(yi_6b, tmp_path, flags):
+def test_peak_memory_and_size(yi_6b, tmp_path, flags, bits, plain_bits, tables):
     output = tmp_path / "engine"
     command = [sys.executable, "-c", MEASURED, "build.py", "--model_dir", str(yi_6b)]
     started = time.monotonic()
     result = subprocess.run(
-        [*command, "--output_dir", str(output), *flags],
+        [*command, "--output_dir", str(output), *flags.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -79,5 +86,6 @@ def test_peak_memory(yi_6b, tmp_path, flags):
         int(result.stderr.rpartition("peak kB")[2]) * 1024, int(reported.replace(",", "")) * 10**6
     )
     print(f"{written / 1e9 / seconds:.2f} GB/s with start-up, peak {peak / 1e6:.0f} MB")
-    assert written > 1.7e9
+    expected = (LAYERS * LINEAR * bits + tables * plain_bits) / 8
+    assert abs(written / expected - 1) < 0.02
     assert peak < LIMIT_BYTES
