@@ -218,7 +218,7 @@ def measure_rows(model: str, tokens: int) -> dict[str, Any]:
     """Microseconds of the kernels that treat each token alone."""
     (heads, kv_heads), (width, ffn) = HEADS[model], WIDTHS[model]
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
-    x, residual = torch.randn(2, tokens, width, **options)
+    x = torch.randn(tokens, width, **options)
     weight = torch.randn(width, **options)
     gate_up = torch.randn(tokens, 2 * ffn, **options)
     qkv = torch.randn(tokens, heads + 2 * kv_heads, HEAD_DIM, **options)
@@ -227,7 +227,6 @@ def measure_rows(model: str, tokens: int) -> dict[str, Any]:
     slots = torch.arange(tokens, device="cuda")
     calls: dict[str, Call] = {
         "rms_norm": partial(ops.rms_norm, x, weight, 1e-5),
-        "add_rms_norm": partial(ops.add_rms_norm, x, residual, weight, 1e-5),
         "silu_mul": partial(ops.silu_mul, gate_up),
     }
     for codes in CODES:

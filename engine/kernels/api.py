@@ -113,13 +113,6 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     return select("rms_norm", x_TE.device)(x_TE, weight_E, eps)
 
 
-def add_rms_norm(
-    x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = residual + x in their dtype."""
-    return select("add_rms_norm", x_TE.device)(x_TE, residual_TE, weight_E, eps)
-
-
 def rope(q_THD: Tensor, k_TGD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> tuple[Tensor, Tensor]:
     """q and k rotated (arXiv 2104.09864): channel i < C = D/2 pairs with channel i + C (neox).
 

@@ -27,13 +27,6 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     return (wide_TE * scale_T1).to(x_TE.dtype) * weight_E
 
 
-def add_rms_norm(
-    x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    sum_TE = residual_TE + x_TE
-    return rms_norm(sum_TE, weight_E, eps), sum_TE
-
-
 def rope(q_THD: Tensor, k_TGD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> tuple[Tensor, Tensor]:
     return _rotate(q_THD, cos_TC, sin_TC), _rotate(k_TGD, cos_TC, sin_TC)
 

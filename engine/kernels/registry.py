@@ -105,7 +105,6 @@ FAMILIES = (
         (
             "linear",
             "rms_norm",
-            "add_rms_norm",
             "rope",
             "silu_mul",
             "embedding",

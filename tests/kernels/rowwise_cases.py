@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from engine.kernels.triton import (
-    add_rms_norm,
     embedding,
     rms_norm,
     rope,
@@ -55,21 +54,17 @@ def cache_case(kernel: Any, codes: str, *, pdl: bool = False) -> Case:
     return case(kernel, "out q k v", strides, constants, ROUNDS_EACH, special, pdl)
 
 
-def norm_cases(pdl: bool) -> list[Case]:
-    one, two = {"width": "i32", "x_stride": "i32", "eps": "fp32"}, {"residual_stride": "i32"}
+def norm_case(pdl: bool) -> Case:
+    numbers = {"width": "i32", "x_stride": "i32", "eps": "fp32"}
     constants, options = {"BLOCK": BLOCK}, {"num_warps": WARPS}
-    add = add_rms_norm._add_rms_norm
-    return [
-        case(rms_norm._rms_norm, "y x weight", one, constants, options, None, pdl),
-        case(add, "y total x residual weight", one | two, constants, options, None, pdl),
-    ]
+    return case(rms_norm._rms_norm, "y x weight", numbers, constants, options, None, pdl)
 
 
 CASES = [
     cache_case(rope_write_kv._rope_write_kv, "*bf16", pdl=True),
     cache_case(rope_write_kv._rope_write_kv, "*u8"),
-    *norm_cases(True),
-    *norm_cases(False),
+    norm_case(True),
+    norm_case(False),
     cache_case(rope_write_kv._rope_write_kv, "*i8"),
     cache_case(write_kv._write_kv, "*bf16"),
     cache_case(write_kv._write_kv, "*u8"),

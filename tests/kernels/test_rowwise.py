@@ -47,22 +47,6 @@ def test_eps_counts(impl: Implementation, device: str) -> None:
     assert_close(y, torch.full((1, 64), 0.5, dtype=torch.float64))
 
 
-@cases("add_rms_norm")
-@DTYPES
-@SIZES
-def test_add_rms_norm(
-    impl: Implementation, device: str, dtype: torch.dtype, tokens: int, width: int
-) -> None:
-    x = random(tokens, width, dtype=dtype, device=device)
-    residual = random(tokens, width, dtype=dtype, device=device, seed=1)
-    weight = random(width, dtype=dtype, device=device, seed=2)
-    inputs = [tensor.clone() for tensor in (x, residual)]
-    y, new_residual = impl(x, residual, weight, EPS)
-    assert torch.equal(x, inputs[0]) and torch.equal(residual, inputs[1])
-    assert torch.equal(new_residual, inputs[0] + inputs[1])
-    assert_close(y, norm_truth(inputs[0] + inputs[1], weight))
-
-
 @DTYPES
 @SIZES
 def test_reference_norm_has_the_bits_of_transformers(

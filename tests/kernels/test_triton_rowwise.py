@@ -14,7 +14,6 @@ from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
 prepare_interpreter()
 
 from engine.kernels.triton._norm import MAX_WIDTH, row_block  # noqa: E402
-from engine.kernels.triton.add_rms_norm import add_rms_norm  # noqa: E402
 from engine.kernels.triton.embedding import embedding  # noqa: E402
 from engine.kernels.triton.rms_norm import rms_norm  # noqa: E402
 from engine.kernels.triton.rope import rope  # noqa: E402
@@ -53,18 +52,6 @@ def test_rms_norm(dtype: torch.dtype, tokens: int, width: int) -> None:
         wide = x.double()
         mean = (wide * wide).sum(-1, keepdim=True) / width
         assert_close(y, wide / torch.sqrt(mean + EPS) * weight.double())
-
-
-@DTYPES
-@SIZES
-def test_add_rms_norm(dtype: torch.dtype, tokens: int, width: int) -> None:
-    x = random(tokens, width, dtype=dtype, device=DEVICE)
-    residual = random(tokens, width + 5, dtype=dtype, device=DEVICE, seed=1)[:, 5:]
-    weight = random(width, dtype=dtype, device=DEVICE, seed=2)
-    y, total = add_rms_norm(x, residual, weight, EPS)
-    assert torch.equal(total, residual + x)
-    if tokens:
-        assert_close(y, reference.rms_norm(total, weight, EPS).double())
 
 
 def test_a_norm_rounds_before_the_weight() -> None:

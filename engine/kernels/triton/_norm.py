@@ -1,4 +1,4 @@
-"""What the two norms share: the arithmetic of a row, and its block and warps."""
+"""What the kernels with an RMSNorm share: the arithmetic of a row, and its block and warps."""
 
 from __future__ import annotations
 
