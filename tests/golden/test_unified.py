@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.quality import MODEL, MODES, Workshop
+from benchmarks.quality import MODEL, MODES
 from tests.cli.build_runner import run_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -21,11 +21,6 @@ WITHOUT_FORM = ("GPTQ", "scales at run time")
 NAMES = [name for name in MODES if not any(words in name for words in WITHOUT_FORM)]
 # Of the checkpoint; tests/cli/test_export.py has others.
 LAYOUT = ("--tp_size", "2", "--pp_size", "2")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("quality"))
 
 
 def run(*flags: str) -> None:

@@ -87,6 +87,13 @@ def refine(
             state[f"{stem}.{STATE_DICT.pre_scale}"] = factor_K.to(weight_NK.dtype).cpu()
 
 
+def drop_ones(state: dict[str, Tensor]) -> None:
+    """Take out factors of one: a layer without a factor multiplies nothing at run time."""
+    for name in [name for name in state if name.endswith(STATE_DICT.pre_scale)]:
+        if (state[name] == 1).all():
+            del state[name]
+
+
 def _common_factor(
     state: Mapping[str, Tensor],
     checkpoint: Checkpoint,

@@ -25,7 +25,7 @@ from engine.quant import DEFAULT_GROUP_SIZE
 from utils import log
 from utils.build_plan import TOKENIZER_FILES
 from utils.datasets import calibration_texts
-from utils.quantisation.awq_model import refine, watch_inputs
+from utils.quantisation.awq_model import drop_ones, refine, watch_inputs
 from utils.quantisation.batches import make_batches
 from utils.quantisation.checks import check
 from utils.quantisation.gptq_file import plan_tensors
@@ -140,6 +140,7 @@ def _produce_awq(checkpoint: Checkpoint, batches: Sequence[Tensor], plan: Quanti
         model = quantise_model(model, batches, plan.qformat, plan.group_size)
     state = read_awq_state(model)
     refine(state, checkpoint, hessians)
+    drop_ones(state)
     with write_file(plan.output) as draft:
         torch.save(state, draft)
 
