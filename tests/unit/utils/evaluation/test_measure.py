@@ -54,7 +54,6 @@ def test_warm_up_is_no_longer_than_the_task():
     assert side.calls == [(1, 1)] * 3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")
 STRETCH = """
 import torch
 from utils.evaluation.memory import PeakMemory
@@ -67,6 +66,7 @@ print(memory.bytes // MIB)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak")
 def test_peak_memory_is_that_of_the_stretch():
     """Neither what was there before nor what an earlier stretch needed. A process of its own has
     nothing else that the system might take back meanwhile."""
