@@ -64,6 +64,12 @@ def make_parser() -> Parser:
     )
     group.add_argument("--dtype", choices=DTYPES, help="with --dummy (default: bfloat16)")
     group.add_argument(
+        "--quantize_lm_head",
+        action="store_true",
+        default=None,
+        help="with --dummy: an INT8 output head (default: one of --dtype)",
+    )
+    group.add_argument(
         "--work_dir", metavar="DIR", help="with --dummy: where to build, for example /dev/shm"
     )
     _add_work_flags(parser)

@@ -170,6 +170,12 @@ def _add_quant_flags(parser: Parser) -> None:
         help="inputs of a group (default: the checkpoint's own, or 128)",
     )
     group.add_argument("--enable_fp8", action="store_true", help="FP8 weights and activations")
+    group.add_argument(
+        "--quantize_lm_head",
+        action="store_true",
+        help="store the output head too as INT8, one scale per token of the vocabulary, whatever "
+        "the mode of the linear layers; every logit changes a little (default: in --dtype)",
+    )
     group.add_argument("--int8_kv_cache", action="store_true", help="store the KV cache as INT8")
     group.add_argument("--fp8_kv_cache", action="store_true", help="store the KV cache as FP8")
 

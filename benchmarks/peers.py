@@ -47,6 +47,7 @@ def make_parser() -> Parser:
     parser.add_argument("--quant", choices=tuple(QUANT_FLAGS), default="none")
     parser.add_argument("--kv", choices=tuple(KV_FLAGS), default="none")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--quantize_lm_head", action="store_true", help="our output head as INT8")
     parser.add_argument("--batch_size", type=positive_int, default=1, metavar="N")
     parser.add_argument("--input_output_len", default="128,128", metavar="IN,OUT")
     parser.add_argument("--rounds", type=positive_int, default=5, help="pairs (default: 5)")
@@ -65,7 +66,8 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    dummy = DummyEngine(args.preset, args.layers, args.quant, args.kv, args.dtype)
+    shape = (args.preset, args.layers, args.quant, args.kv, args.dtype, args.quantize_lm_head)
+    dummy = DummyEngine(*shape)
     work = Workload(args.batch_size, *parse_lengths([args.input_output_len])[0])
     world = World()
     device = open_device(None if args.device == "auto" else args.device, world)

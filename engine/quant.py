@@ -76,6 +76,7 @@ class QuantConfig:
 
     `per_token` and `per_channel` belong to SmoothQuant: a scale per activation row computed at
     run time instead of a calibrated one, a weight scale per output channel instead of per tensor.
+    `head` is how the output head is stored: in the engine's dtype, or as W8A16.
     """
 
     algorithm: Algorithm = Algorithm.NONE
@@ -83,6 +84,7 @@ class QuantConfig:
     per_token: bool = False
     per_channel: bool = False
     kv: KVStorage = KVStorage.NONE
+    head: Algorithm = Algorithm.NONE
 
     @property
     def quant_mode(self) -> int:
@@ -96,15 +98,22 @@ class QuantConfig:
         name = self.algorithm.value + (f" g{self.group_size}" if self.group_size else "")
         name += " per-token" if self.per_token else ""
         name += " per-channel" if self.per_channel else ""
+        name += f", {self.head.value} head" if self.head is not Algorithm.NONE else ""
         return name + (f", {self.kv.value} KV cache" if self.kv is not KVStorage.NONE else "")
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
-        return {**values, "algorithm": self.algorithm.value, "kv": self.kv.value}
+        kinds = {"algorithm": self.algorithm, "kv": self.kv, "head": self.head}
+        return {**values, **{name: kind.value for name, kind in kinds.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
-        kinds = {"algorithm": Algorithm(values["algorithm"]), "kv": KVStorage(values["kv"])}
+        kinds = {
+            "algorithm": Algorithm(values["algorithm"]),
+            "kv": KVStorage(values["kv"]),
+            # Engines from before there was a choice have none.
+            "head": Algorithm(values.get("head", Algorithm.NONE)),
+        }
         return cls(**{**values, **kinds})
 
     @classmethod
@@ -120,6 +129,7 @@ class QuantConfig:
         int8_kv_cache: bool = False,
         fp8_kv_cache: bool = False,
         group_size: int | None = None,
+        quantize_lm_head: bool = False,
     ) -> QuantConfig:
         """The mode that build.py's flags ask for; UserError for contradicting flags.
 
@@ -153,7 +163,8 @@ class QuantConfig:
                 "int4_gptq; add that flag or leave this one out"
             )
         group_size = (group_size or DEFAULT_GROUP_SIZE) if algorithm in GROUPED else 0
-        return cls(algorithm, group_size, per_token, per_channel, kv)
+        head = Algorithm.W8A16 if quantize_lm_head else Algorithm.NONE
+        return cls(algorithm, group_size, per_token, per_channel, kv, head)
 
     def joined(self, found: QuantConfig | None, *, is_group_given: bool) -> QuantConfig:
         """What these flags mean for a checkpoint that is quantised as `found` (None: it is not).
@@ -165,10 +176,10 @@ class QuantConfig:
             return self
         kv = found.kv if self.kv is KVStorage.NONE else self.kv
         if self.algorithm is Algorithm.NONE:
-            return replace(found, kv=kv)
+            return replace(found, kv=kv, head=self.head)
         if self.algorithm is not found.algorithm:
             return replace(self, kv=kv)
         group_size = self.group_size if is_group_given else found.group_size
         if self.algorithm is Algorithm.FP8:
-            return replace(found, kv=kv)
+            return replace(found, kv=kv, head=self.head)
         return replace(self, kv=kv, group_size=group_size)

@@ -39,6 +39,7 @@ QUANT_FLAGS = (
     "int8_kv_cache",
     "fp8_kv_cache",
     "group_size",
+    "quantize_lm_head",
 )
 # Flag → field of ModelConfig that it must agree with when a checkpoint is given.
 SHAPE_FIELDS = {

@@ -87,6 +87,11 @@ def _write(
 def _check(record: EngineRecord, folder: Path, flag: str) -> None:
     """Refusals that need no weights."""
     config, mapping = record.config, record.mapping
+    if record.quant.head is not Algorithm.NONE:
+        raise UserError(
+            "--quantize_lm_head: TensorRT-LLM's checkpoint keeps lm_head in full precision; leave "
+            "it out, or build with --backend torch"
+        )
     if record.is_dummy:
         raise UserError(f"{flag} {folder} needs weights to write; name a checkpoint as --model_dir")
     if config.num_layers % mapping.pp:

@@ -92,15 +92,15 @@ class Arrays:
     def tensor(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
 
-    def linear(self, name: str, *, is_quantised: bool = True) -> Projection:
-        """The linear layer stored under `name`, in the engine's quantisation mode if at all."""
+    def linear(self, name: str, algorithm: Algorithm | None = None) -> Projection:
+        """The linear layer stored under `name`, in the engine's quantisation mode or in another."""
         prefix = f"{self._prefix}{name}."
         arrays = {
             key.removeprefix(prefix): tensor
             for key, tensor in self._tensors.items()
             if key.startswith(prefix)
         }
-        return Projection(LINEARS[self._algorithm if is_quantised else Algorithm.NONE](arrays))
+        return Projection(LINEARS[algorithm or self._algorithm](arrays))
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors

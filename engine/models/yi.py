@@ -25,7 +25,7 @@ from engine.layers.linear import Arrays, Norm, Projection
 from engine.layers.mlp import MLP
 from engine.layers.rope import RotaryEmbedding
 from engine.mapping import LocalShape, Mapping
-from engine.quant import QuantConfig
+from engine.quant import Algorithm, QuantConfig
 
 
 class Step(NamedTuple):
@@ -66,10 +66,10 @@ class Block:
 class Head:
     """Final norm and output projection; every rank of the stage gets all logits in fp32."""
 
-    def __init__(self, arrays: Arrays, config: ModelConfig, parallel: Parallel):
+    def __init__(self, arrays: Arrays, config: ModelConfig, quant: QuantConfig, parallel: Parallel):
         self._norm = Norm(arrays.tensor("norm.weight"), config.rms_norm_eps)
-        if "head.weight" in arrays:
-            self._head = arrays.linear("head", is_quantised=False)
+        if quant.head is not Algorithm.NONE or "head.weight" in arrays:
+            self._head = arrays.linear("head", quant.head)
         else:
             table_VE = _tied_head(arrays.tensor("embed.weight"), config, parallel)
             self._head = Projection(Dense({"weight": table_VE}))
@@ -110,7 +110,7 @@ class Yi:
         if mapping.is_first_stage:
             self._embed = Embedding(arrays.tensor("embed.weight"), embedding_dim, parallel.tp)
         if mapping.is_last_stage:
-            self._head = Head(arrays, config, parallel)
+            self._head = Head(arrays, config, quant, parallel)
 
     def products(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The linear layers' operations, with their weights."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from engine.checkpoint.base import Checkpoint
 from engine.config import ModelConfig
 from engine.mapping import Mapping
-from engine.quant import KVStorage, QuantConfig
+from engine.quant import Algorithm, KVStorage, QuantConfig
 from engine.weights.pack import PACKS, Packed, pack_plain
 from engine.weights.quantize import quantize
 from engine.weights.shard import shard_linear, shard_tensor
-from engine.weights.table import YI, Stage, WeightSpec
-from engine.weights.types import Lazy
+from engine.weights.table import HEAD, YI, Stage, WeightSpec
+from engine.weights.types import Dense, Lazy
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _row_pieces(
     layer: int = 0,
 ) -> Iterator[Piece]:
     for mapping, slot in holders:
-        if spec.target == "head" and shares_embedding(plan, mapping):
+        if spec.target == HEAD and shares_embedding(plan, mapping):
             continue
         prefix = spec.target.format(i=slot)
         for packed in _packed(checkpoint, plan, spec, mapping, layer):
@@ -146,17 +146,28 @@ def _packed(
     tensors = [
         shard_tensor(lazy, rule, mapping, plan.config, plan.embedding_dim) for lazy, rule in lazies
     ]
+    if spec.target == HEAD:
+        return _pack_head([Dense(lazy) for lazy in tensors], plan)
     return pack_plain(tensors, plan.dtype)
+
+
+def _pack_head(parts: Sequence[Dense], plan: StorePlan) -> list[Packed]:
+    """One rank's rows of the output head. Each is rounded by itself, so that those of padding are
+    zeros and the others do not depend on the number of ranks."""
+    quantised = [quantize(part, QuantConfig(plan.quant.head)) for part in parts]
+    return PACKS[plan.quant.head](quantised, plan.dtype)
 
 
 def shares_embedding(plan: StorePlan, mapping: Mapping) -> bool:
     """Whether a rank's output head is a view of its embedding table and so is not stored.
 
-    True for tied models where the rank holds both and the head's rows are rows of the table.
+    True for tied models where the rank holds both, and the head is neither quantised nor made of
+    other rows than the table.
     """
     whole_rows = plan.embedding_dim != 1 and plan.config.vocab_size % mapping.tp == 0
     return (
         plan.config.tie_word_embeddings
+        and plan.quant.head is Algorithm.NONE
         and mapping.is_first_stage
         and mapping.is_last_stage
         and whole_rows

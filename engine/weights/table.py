@@ -29,7 +29,8 @@ class WeightSpec:
     """`target` in the engine file ({i} is the slot) made of `sources` ({i} is the layer).
 
     Several sources are cut one by one and then joined along their outputs. A `linear` row follows
-    the engine's quantisation, the others are stored in the engine's dtype.
+    the engine's quantisation, the head a choice of its own, the others are stored in the engine's
+    dtype.
     """
 
     target: str
@@ -39,6 +40,7 @@ class WeightSpec:
 
 
 _L = "model.layers.{i}."
+HEAD = "head"
 
 YI = (
     WeightSpec("embed", (Source("model.embed_tokens", Shard.EMBED),), Stage.FIRST),
@@ -63,5 +65,5 @@ YI = (
     ),
     WeightSpec("blocks.{i}.mlp.down", (Source(_L + "mlp.down_proj", Shard.FFN_IN),), linear=True),
     WeightSpec("norm", (Source("model.norm"),), Stage.LAST),
-    WeightSpec("head", (Source("lm_head", Shard.VOCAB),), Stage.LAST),
+    WeightSpec(HEAD, (Source("lm_head", Shard.VOCAB),), Stage.LAST),
 )

@@ -34,6 +34,7 @@ FLAGS = {
     "oversubscribe_gpu",
     "plot",
     "quant",
+    "quantize_lm_head",
     "repeats",
     "work_dir",
     "workload",

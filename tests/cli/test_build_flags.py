@@ -86,7 +86,14 @@ TENSORRT_FLAGS = {
     "weight_only_precision",
     "world_size",
 }
-OWN_FLAGS = {"backend", "checkpoint_dir", "export_checkpoint", "help", "trust_remote_code"}
+OWN_FLAGS = {
+    "backend",
+    "checkpoint_dir",
+    "export_checkpoint",
+    "help",
+    "quantize_lm_head",
+    "trust_remote_code",
+}
 
 
 def declared() -> set[str]:

@@ -53,6 +53,7 @@ class DummyEngine:
     quant: str = "none"
     kv: str = "none"
     dtype: str = "bfloat16"
+    quantize_lm_head: bool = False
 
     def __post_init__(self) -> None:
         most = PRESETS[self.preset].num_layers
@@ -86,6 +87,7 @@ class DummyEngine:
         }
         named = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
         quant = [*QUANT_FLAGS[self.quant], *KV_FLAGS[self.kv]]
+        quant += ["--quantize_lm_head"] if self.quantize_lm_head else []
         return [*named, "--dtype", self.dtype, *quant, "--output_dir", output_dir]
 
 

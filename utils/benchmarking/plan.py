@@ -30,7 +30,8 @@ CLASHES = (
     ("workload", "batch_size", _ITS_OWN),
     ("workload", "input_output_len", _ITS_OWN),
 )
-DUMMY_ONLY = ("layers", "quant", "kv", "dtype", "work_dir")
+SHAPING = ("layers", "quant", "kv", "dtype", "quantize_lm_head")
+DUMMY_ONLY = (*SHAPING, "work_dir")
 DEFAULT_ENGINE_DIR = "engine_outputs"
 DEFAULT_LENGTHS = ("128,128",)
 DEFAULT_REPEATS, DEFAULT_REQUESTS, DEFAULT_BATCH = 3, 64, 8
@@ -72,7 +73,7 @@ def plan_benchmark(flags: Mapping[str, Any]) -> BenchmarkPlan:
     _refuse(flags)
     dummy = None
     if flags["dummy"] is not None:
-        given = {name: flags[name] for name in ("layers", "quant", "kv", "dtype") if flags[name]}
+        given = {name: flags[name] for name in SHAPING if flags[name]}
         dummy = DummyEngine(flags["dummy"], **given)
     batches = tuple(flags["batch_size"] or ((1,) if mode == "latency" else ()))
     return BenchmarkPlan(

@@ -15,7 +15,7 @@ from engine.quant import KVStorage, QuantConfig
 from utils.benchmarking.workload import Workload
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-EMBEDDING, HEAD = "embed.weight", "head.weight"
+EMBEDDING, HEAD = "embed.weight", "head."
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def rank_traffic(
     output head too, it is read whole.
     """
     weights = sum(sizes.values())
-    is_head_too = HEAD not in sizes and mapping.is_last_stage
+    has_head = any(name.startswith(HEAD) for name in sizes)
+    is_head_too = mapping.is_last_stage and not has_head
     if EMBEDDING in sizes and not is_head_too:
         weights -= sizes[EMBEDDING]
     width = DTYPE_BYTES[dtype] if quant.kv is KVStorage.NONE else 1
