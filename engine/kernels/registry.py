@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.kernels import gpu
 
 TRITON_FOLDER = Path(__file__).parent / "triton"
 
@@ -57,11 +58,11 @@ class Implementation:
         return f"{self.op}-{self.name}"
 
     def serves(self, device: torch.device) -> bool:
-        if device.type not in self.devices:
+        if gpu.kind(device) not in self.devices:
             return False
-        if device.type != "cuda" or self.min_capability is None:
+        if gpu.kind(device) != "cuda" or self.min_capability is None:
             return True
-        return torch.cuda.get_device_capability(device) >= self.min_capability
+        return gpu.capability(device) >= self.min_capability
 
     def describe(self) -> str:
         """Name and needs, as error messages list them."""

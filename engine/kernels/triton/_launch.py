@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from engine.kernels import gpu
+
 PDL = False
 
 # Multiprocessors that a launch is planned for where there is no GPU (Triton's interpreter).
@@ -29,7 +31,7 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (0, 0) in the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return (0, 0) if device.type == "cpu" else gpu.capability(device)
 
 
 def has_pdl(device: torch.device) -> bool:
@@ -40,6 +42,8 @@ def has_pdl(device: torch.device) -> bool:
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return INTERPRETED_PROCESSORS
+    if target := gpu.imagined(device):
+        return target.processors
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels import gpu
 from engine.kernels.triton._codes import decode, has_float8
 from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._tactics import Config
@@ -321,8 +322,10 @@ def fit(
 @cache
 def _shared_bytes(device: torch.device) -> int:
     """What a program may take."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return INTERPRETED_SHARED
+    if target := gpu.imagined(device):
+        return target.shared_bytes
     index = torch.cuda.current_device() if device.index is None else device.index
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
