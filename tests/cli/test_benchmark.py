@@ -90,6 +90,7 @@ def test_flags_are_frozen():
         ),
         (("latency", *TINY, "--engine_dir", "e"), "--dummy and --engine_dir cannot be combined"),
         (("latency", "--quant", "int8"), "--quant belongs to --dummy, which builds an engine; add"),
+        (("latency", "--quantize_lm_head"), "--quantize_lm_head belongs to --dummy, which builds"),
         (
             ("latency", "--dummy", "tiny", "--layers", "7"),
             "--layers 7 exceeds the 6 layers of",
@@ -158,6 +159,19 @@ def check_record(record: dict) -> None:
     assert record["decode_tokens_per_s"] == pytest.approx(steps)
     assert record["tokens_per_s"] == pytest.approx(record["bs"] * 8 / record["whole_s"])
     assert {"device", "threads", "versions", "command", "date", "load_s", "build_s"} <= set(record)
+
+
+def test_a_quantised_head_is_in_the_record():
+    flags = ("latency", *TINY, "--device", "cpu", "--input_output_len", "8,2", "--repeats", 1)
+    records = []
+    for more in ((), ("--quantize_lm_head",)):
+        status, stdout, stderr = run(*flags, "--quant", "int8", *more)
+        assert status == 0, stderr
+        records += last_document(stdout)["records"]
+    plain, found = records
+    assert (plain["mode"], found["mode"]) == ("w8a16", "w8a16, w8a16 head")
+    # 4096 rows of 256: a byte less each, and a scale of 4.
+    assert plain["bytes_per_token"] - found["bytes_per_token"] == 4096 * (256 - 4)
 
 
 def test_throughput_of_a_quantised_engine():

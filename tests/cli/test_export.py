@@ -341,6 +341,10 @@ def test_a_failed_export_leaves_nothing(hf, tmp_path, write_hf):
 REFUSED = [
     (("--pp_size", "3"), "--pp_size 3 does not divide the model's 4 layers"),
     (("--enable_fp8",), "TensorRT-LLM's FP8 needs calibrated scales"),
+    (
+        ("--use_weight_only", "--quantize_lm_head"),
+        "--quantize_lm_head: TensorRT-LLM's checkpoint keeps lm_head in full precision; leave it",
+    ),
 ]
 
 

@@ -45,6 +45,8 @@ class QuantisedTruth:
         self.model: PreTrainedModel = copy.deepcopy(load_model(TINY_YI))
         for index, layer in enumerate(self.model.model.layers):
             self._replace(layer, f"blocks.{index}.")
+        head_VE = dequantise(self._at("head."))
+        self.model.lm_head.weight = nn.Parameter(head_VE, requires_grad=False)
 
     def _replace(self, layer: nn.Module, prefix: str) -> None:
         attention, mlp = layer.self_attn, layer.mlp

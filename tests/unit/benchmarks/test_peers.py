@@ -63,5 +63,7 @@ def test_peers_that_are_not_installed_are_named(tmp_path):
 
 
 def test_tasks_travel_as_text():
-    task = Task(DummyEngine("yi-6b", 8, "int8"), WORK, "cuda", "/engine", "/folder")
+    task = Task(
+        DummyEngine("yi-6b", 8, "int8", quantize_lm_head=True), WORK, "cuda", "/engine", "/folder"
+    )
     assert Task.from_json(task.to_json()) == task

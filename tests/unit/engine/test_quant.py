@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,7 @@ MODES = [
     ({"enable_fp8": True, "fp8_kv_cache": True}, Algorithm.FP8, 0, 384),
     ({"int8_kv_cache": True}, Algorithm.NONE, 0, 64),
     ({"use_weight_only": True, "int8_kv_cache": True}, Algorithm.W8A16, 0, 66),
+    ({"enable_fp8": True, "quantize_lm_head": True}, Algorithm.FP8, 0, 256),
 ]
 
 
@@ -82,6 +84,7 @@ AWQ_64 = QuantConfig(Algorithm.W4A16_AWQ, 64)
 AWQ = QuantConfig(Algorithm.W4A16_AWQ, 128)
 DYNAMIC_FP8 = QuantConfig(Algorithm.FP8, per_token=True, per_channel=True)
 INT8_KV = QuantConfig(kv=KVStorage.INT8)
+INT8_HEAD = QuantConfig(head=Algorithm.W8A16)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,15 @@ INT8_KV = QuantConfig(kv=KVStorage.INT8)
         (QuantConfig(Algorithm.W8A16), INT8_KV, False, replace(INT8_KV, algorithm=Algorithm.W8A16)),
         (QuantConfig(kv=KVStorage.FP8), INT8_KV, False, QuantConfig(kv=KVStorage.FP8)),
         (QuantConfig(Algorithm.W8A8_SQ), DYNAMIC_FP8, False, QuantConfig(Algorithm.W8A8_SQ)),
+        (INT8_HEAD, None, False, INT8_HEAD),
+        (INT8_HEAD, AWQ_64, False, replace(AWQ_64, head=Algorithm.W8A16)),
+        (replace(AWQ, head=Algorithm.W8A16), AWQ, True, replace(AWQ, head=Algorithm.W8A16)),
+        (
+            QuantConfig(Algorithm.FP8, head=Algorithm.W8A16),
+            DYNAMIC_FP8,
+            False,
+            replace(DYNAMIC_FP8, head=Algorithm.W8A16),
+        ),
     ],
 )
 def test_flags_join_what_the_checkpoint_is(asked, found, is_group_given, joined):
@@ -105,7 +117,21 @@ def test_flags_join_what_the_checkpoint_is(asked, found, is_group_given, joined)
 @pytest.mark.parametrize("flags", [flags for flags, *_ in MODES])
 def test_dict_round_trip(flags):
     config = QuantConfig.from_flags(**flags)
-    assert QuantConfig.from_dict(config.to_dict()) == config
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("other", [{}, {"use_weight_only": True}, {"use_smooth_quant": True}])
+def test_the_head_is_quantised_on_request_in_any_mode(given, other):
+    config = QuantConfig.from_flags(**other, quantize_lm_head=given)
+    assert config.head is (Algorithm.W8A16 if given else Algorithm.NONE)
+    assert replace(config, head=Algorithm.NONE) == QuantConfig.from_flags(**other)
+
+
+def test_engines_from_before_the_head_had_a_mode():
+    values = AWQ.to_dict()
+    assert values.pop("head") == "none"
+    assert QuantConfig.from_dict(values) == AWQ
 
 
 @pytest.mark.parametrize(
@@ -118,6 +144,8 @@ def test_dict_round_trip(flags):
             "w8a8_sq per-token per-channel",
         ),
         (QuantConfig(kv=KVStorage.INT8), "none, int8 KV cache"),
+        (replace(AWQ, head=Algorithm.W8A16), "w4a16_awq g128, w8a16 head"),
+        (replace(INT8_KV, head=Algorithm.W8A16), "none, w8a16 head, int8 KV cache"),
     ],
 )
 def test_text(config, text):

@@ -51,6 +51,13 @@ def test_every_cache_can_be_built(kv):
     assert record.quant.kv is KVStorage(kv)
 
 
+@pytest.mark.parametrize("quant", QUANT_FLAGS)
+def test_the_head_can_be_quantised_in_every_mode(quant):
+    dummy = DummyEngine("tiny", quant=quant, quantize_lm_head=True)
+    record = plan(dummy, Workload(1, 8, 8)).record
+    assert (record.quant.algorithm, record.quant.head) == (ALGORITHMS[quant], Algorithm.W8A16)
+
+
 def test_the_engine_fits_all_workloads():
     record = plan(DummyEngine("tiny"), Workload(1, 5000, 8), Workload(64, 100, 200), tp=2).record
     limits = record.limits

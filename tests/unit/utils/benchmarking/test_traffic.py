@@ -6,7 +6,7 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.mapping import Mapping
-from engine.quant import KVStorage, QuantConfig
+from engine.quant import Algorithm, KVStorage, QuantConfig
 from utils.benchmarking.traffic import Traffic, decode_flops, prefill_flops, rank_traffic
 from utils.benchmarking.workload import Workload
 
@@ -35,6 +35,14 @@ def test_everything_but_the_embedding_is_read():
 def test_an_embedding_that_is_the_head_is_read():
     sizes = {name: size for name, size in SIZES.items() if name != "head.weight"}
     assert rank_traffic(sizes, SMALL, ONE, "bfloat16", QuantConfig()).weights == 80 + 8 + 64
+
+
+def test_a_quantised_head_is_read_and_the_embedding_not():
+    """Also where the two are tied: 10 rows of 4 codes and a scale of 4 bytes."""
+    sizes = {name: size for name, size in SIZES.items() if name != "head.weight"}
+    sizes |= {"head.codes": 40, "head.scale": 40}
+    quant = QuantConfig(head=Algorithm.W8A16)
+    assert rank_traffic(sizes, SMALL, ONE, "bfloat16", quant).weights == 40 + 40 + 8 + 64
 
 
 def test_a_first_stage_reads_no_embedding():
