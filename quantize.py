@@ -53,6 +53,12 @@ def make_parser() -> Parser:
         help="inputs that share a scale in int4 formats: 128, 64 or 32 (default: 128)",
     )
     parser.add_argument(
+        "--quantize_lm_head",
+        action="store_true",
+        help="refused: the head stays as it is here and is quantised by build.py's flag of this "
+        "name",
+    )
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any"
     )
     parser.add_argument(

@@ -89,8 +89,8 @@ def _check(record: EngineRecord, folder: Path, flag: str) -> None:
     config, mapping = record.config, record.mapping
     if record.quant.head is not Algorithm.NONE:
         raise UserError(
-            "--quantize_lm_head: TensorRT-LLM's checkpoint keeps lm_head in full precision; leave "
-            "it out, or build with --backend torch"
+            "--quantize_lm_head is the torch backend's only: checkpoints for TensorRT-LLM are "
+            "written with lm_head in full precision; leave it out"
         )
     if record.is_dummy:
         raise UserError(f"{flag} {folder} needs weights to write; name a checkpoint as --model_dir")

@@ -343,7 +343,7 @@ REFUSED = [
     (("--enable_fp8",), "TensorRT-LLM's FP8 needs calibrated scales"),
     (
         ("--use_weight_only", "--quantize_lm_head"),
-        "--quantize_lm_head: TensorRT-LLM's checkpoint keeps lm_head in full precision; leave it",
+        "--quantize_lm_head is the torch backend's only: checkpoints for TensorRT-LLM are written",
     ),
 ]
 

@@ -326,6 +326,7 @@ def test_half_precision_on_a_cpu_is_announced(tmp_path, model_dir):
         ),
         (("--export_path={model}/texts.txt/x",), "texts.txt is no directory you may write to"),
         (("--model_dir=/nowhere/yi",), "--model_dir"),
+        (("--quantize_lm_head",), "--quantize_lm_head belongs to build.py, which rounds the head"),
     ],
 )
 def test_refusals_write_nothing(tmp_path, model_dir, flags, message):

@@ -90,6 +90,11 @@ class QuantisePlan:
 def plan_quantise(flags: Mapping[str, Any]) -> QuantisePlan:
     """The work that `flags` ask for; UserError for flags that contradict each other, a package
     that is missing, and a place that cannot be written to."""
+    if flags["quantize_lm_head"]:
+        raise UserError(
+            "--quantize_lm_head belongs to build.py, which rounds the head of any checkpoint; "
+            "leave it out here and add it to the build"
+        )
     qformat = flags["qformat"]
     kind = FORMATS[qformat]
     group_size = _group_size(qformat, flags["group_size"])

@@ -15,6 +15,7 @@ FLAGS = {
     "export_path": "made",
     "dtype": "bfloat16",
     "group_size": None,
+    "quantize_lm_head": False,
     "device": "cpu",
     "calib_dataset": None,
     "calib_size": None,
