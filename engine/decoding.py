@@ -37,7 +37,8 @@ class Choice(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Decides the next tokens of a batch. Rows of one request are next to each other."""
+    """Decides the next tokens of a batch from logits of any floating-point dtype. Rows of one
+    request are next to each other."""
 
     beams: int
 
@@ -65,9 +66,10 @@ class SamplingDecoder:
 
     def step(self, logits_RV: Tensor) -> Choice:
         sampled = self._sampler.step(logits_RV)
-        if self._sampler.has_log_probs:
+        if sampled.log_probs_B is not None:
             self._log_probs.append(sampled.log_probs_B)
-        return Choice(sampled.tokens_B.tolist(), sampled.finished_B.tolist(), None)
+        finished = self._sampler.is_finished().tolist()
+        return Choice(sampled.tokens_B.tolist(), finished, None)
 
     def results(self) -> list[tuple[Beam, ...]]:
         log_probs = torch.stack(self._log_probs, 1).tolist() if self._log_probs else None
@@ -108,7 +110,7 @@ class BeamDecoder:
             # The prompt was computed once; its beams start from the same logits.
             logits_RV = logits_RV.repeat_interleave(self.beams, 0)
             self._is_first = False
-        chosen = self._search.step(logits_RV)
+        chosen = self._search.step(logits_RV.float())
         finished = chosen.finished_B.repeat_interleave(self.beams).tolist()
         return Choice(chosen.tokens_R.tolist(), finished, chosen.parents_R.tolist())
 

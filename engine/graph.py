@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from engine.batch import Packer
 from engine.cache import KVCache
 from engine.decoding import Beam, read_beams
+from engine.kernels import api as ops
 from engine.kernels.api import Attending
 from engine.models.yi import Step, Yi
 from engine.penalties import DeviceState, round_up
 from engine.sampling import FinishReason, Sampler, SamplingParams
-from engine.transfer import longs, to_device
+from engine.transfer import to_device
 
 # Rows are padded to these, then to multiples of the last: one graph serves all batches of a bucket.
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -68,13 +69,8 @@ class DecodeLoop(DeviceState):
         self.window, self.scale = packer.window, packer.scale
         table_BM = torch.zeros(bucket, rows.table_BM.shape[1], dtype=torch.int32)
         table_BM[:real] = rows.table_BM
-        lengths = [*map(len, rows.prompts), *[0] * (bucket - real)]
         self.table_BM = nn.Buffer(to_device(table_BM, device))
-        self.lengths_B = nn.Buffer(to_device(longs(lengths), device))
-        self.tokens_B = nn.Buffer(torch.zeros(bucket, dtype=torch.int64, device=device))
-        self.real_B = nn.Buffer(torch.arange(bucket, device=device) < real)
         self.starts_B1 = nn.Buffer(torch.arange(bucket + 1, dtype=torch.int32, device=device))
-        self.num_alive = nn.Buffer(torch.ones(1, dtype=torch.int64, device=device))
         if self.sampler.has_log_probs:
             steps = round_up(1 + max(p.max_new_tokens for p in rows.params))
             self.log_probs_BN = nn.Buffer(torch.zeros(bucket, steps, device=device))
@@ -84,46 +80,50 @@ class DecodeLoop(DeviceState):
         """How often `advance` is called at most: the first tokens come from the prompts' logits."""
         return max(p.max_new_tokens for p in self.params) - 1
 
+    @property
+    def num_alive(self) -> Tensor:
+        """Rows that have not finished, int64 [1]."""
+        return self.sampler.num_alive
+
     def extra_repr(self) -> str:
         return f"bound={self.bound}, block={self.block_tokens}, window={self.window}"
 
     def choose(self, logits_BV: Tensor) -> None:
         """Tokens from logits [B, V] (or of the real rows only)."""
-        bucket = len(self.tokens_B)
+        bucket = len(self.starts_B1) - 1
         if len(logits_BV) < bucket:
             logits_BV = nn.functional.pad(logits_BV, (0, 0, 0, bucket - len(logits_BV)))
+        if not self.sampler.has_log_probs:
+            self.sampler.step(logits_BV)
+            return
         columns_B1 = self.sampler.history.num_new()[:, None]
         sampled = self.sampler.step(logits_BV)
-        if self.sampler.has_log_probs:
-            self.log_probs_BN.scatter_(1, columns_B1, sampled.log_probs_B[:, None])
-        self.tokens_B.copy_(sampled.tokens_B)
-        self.num_alive.copy_((~sampled.finished_B).sum())
+        self.log_probs_BN.scatter_(1, columns_B1, sampled.log_probs_B[:, None])
 
     def advance(self, network: Yi, cache: KVCache) -> None:
         """Compute the chosen tokens and choose the next ones."""
-        alive_B = self.sampler.reasons_B == FinishReason.NOT_FINISHED.value
         logits_BV = network(self._step(), cache)
         assert logits_BV is not None, "the last pipeline stage decodes"
         self.choose(logits_BV)
-        self.lengths_B.add_(alive_B)
 
     def _step(self) -> Step:
-        bucket, block = len(self.tokens_B), self.block_tokens
-        positions_B = self.lengths_B
-        blocks_B = self.table_BM.gather(1, (positions_B // block)[:, None]).squeeze(1)
-        slots_B = blocks_B.long() * block + positions_B % block
+        history, bucket = self.sampler.history, len(self.starts_B1) - 1
+        places = ops.place_tokens(
+            history.ends_B, history.lookback, self.table_BM, self.block_tokens
+        )
         attending = Attending(
             query_lens=(1,) * bucket,
             kv_lens=(self.bound,) * bucket,
-            kv_lens_B=(positions_B + self.real_B).int(),
+            kv_lens_B=places.kv_lens_B,
             query_starts_B1=self.starts_B1,
             block_table_BM=self.table_BM,
-            slots_T=slots_B.masked_fill(~self.real_B, -1),
+            slots_T=places.slots_B,
             window=self.window,
             scale=self.scale,
             is_bound=True,
         )
-        return Step(self.tokens_B, positions_B, positions_B + 1, attending, None)
+        tokens_B, positions_B = self.sampler.tokens_B, places.positions_B
+        return Step(tokens_B, positions_B, places.kv_lens_B, attending, None)
 
     def results(self) -> list[tuple[Beam, ...]]:
         log_probs = self.log_probs_BN.tolist() if self.sampler.has_log_probs else None

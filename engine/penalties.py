@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import RequestError
+from engine.kernels import rows
 from engine.transfer import longs, to_device
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class History(DeviceState):
         device: Device,
     ):
         super().__init__()
-        self.empty = vocab_size
+        self.empty, self.lookback = vocab_size, lookback
         longest = max(len(p) + n for p, n in zip(prompts, max_new_tokens, strict=True))
         # One place more than tokens: a full row writes nothing, but still has an address to write.
         shape = (len(prompts), round_up(lookback + longest + 1))
@@ -105,6 +106,9 @@ class History(DeviceState):
         self.tokens_BH = nn.Buffer(to_device(tokens_BH, device))
         self.starts_B = nn.Buffer(starts_B)
         self.ends_B = nn.Buffer(starts_B.clone())
+
+    def extra_repr(self) -> str:
+        return f"lookback={self.lookback}"
 
     def num_new(self) -> Tensor:
         """New tokens per row; int64 [B]."""
@@ -128,9 +132,7 @@ class History(DeviceState):
 
     def append(self, tokens_B: Tensor, alive_B: Tensor) -> None:
         """Add one token to each row that is alive."""
-        values_B = torch.where(alive_B, tokens_B, torch.full_like(tokens_B, self.empty))
-        self.tokens_BH.scatter_(1, self.ends_B[:, None], values_B[:, None])
-        self.ends_B.add_(alive_B)
+        rows.append(self.tokens_BH, self.ends_B, tokens_B, alive_B)
 
     def reorder(self, parents_B: Tensor) -> None:
         """Row b continues what row parents_B[b], of the same request, had."""

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import RequestError
+from engine.kernels import api as ops
+from engine.kernels.rows import FinishReason, Rows, find_reasons
 from engine.penalties import (
     BANNED,
     Device,
@@ -144,26 +145,15 @@ _RULES = (
 )
 
 
-class FinishReason(IntEnum):
-    """Why a row stopped; where several apply, the first of them."""
-
-    NOT_FINISHED = 0
-    END_ID = 1
-    STOP_WORDS = 2
-    LENGTH = 3
-
-
 class Sampled(NamedTuple):
-    """One step's result.
+    """One step's result, until the next step.
 
-    `log_probs_B` is the log probability of the token under the softmax of the logits as the model
-    gave them, before any penalty or temperature; 0 where the row had finished before, and NaN
-    throughout when no request asks for log probabilities.
+    Log probabilities are those of the model's own logits, before any penalty or temperature: 0
+    where the row had finished before, None when no request asks for them.
     """
 
     tokens_B: Tensor  # int64; pad_id where the row had finished before
-    log_probs_B: Tensor  # float32
-    finished_B: Tensor  # bool; this step's token included
+    log_probs_B: Tensor | None  # float32
 
 
 class Stops(nn.Module):
@@ -189,21 +179,22 @@ class Stops(nn.Module):
         """Tokens of the longest stop word, 0 without stop words."""
         return self.words_BNL.shape[-1] if self.has_words else 0
 
-    def find_reasons(self, tokens_BX: Tensor, tails_BXL: Tensor, num_new_B: Tensor) -> Tensor:
-        """Reasons [B, X] to stop, for X candidate tokens per row of the parameters.
+    def find_words(self, tails_BXL: Tensor, num_new_B: Tensor) -> Tensor:
+        """Which of X candidate tokens per row complete a stop word; bool [B, X]. `tails_BXL` holds
+        the newest `tail_length` tokens, the candidate the last; `num_new_B` counts it, too."""
+        matches_BXN = match_words(tails_BXL, self.words_BNL[:, None])
+        # A stop word that begins in the prompt is none.
+        return (matches_BXN & (self.lengths_BN <= num_new_B[:, None])[:, None]).any(-1)
 
-        `tails_BXL` holds the newest `tail_length` tokens and ends with the candidate; `num_new_B`
-        counts the candidate.
-        """
-        ended_BX = (tokens_BX[..., None] == self.end_ids_BN[:, None]).any(-1)
-        full_B1 = (num_new_B >= self.max_new_B)[:, None]
-        reasons_BX = (full_B1 * FinishReason.LENGTH.value).expand_as(tokens_BX)
-        if self.has_words:
-            matches_BXN = match_words(tails_BXL, self.words_BNL[:, None])
-            # A stop word that begins in the prompt is none.
-            matches_BXN = matches_BXN & (self.lengths_BN <= num_new_B[:, None])[:, None]
-            reasons_BX = reasons_BX.masked_fill(matches_BXN.any(-1), FinishReason.STOP_WORDS.value)
-        return reasons_BX.masked_fill(ended_BX, FinishReason.END_ID.value)
+    def find_reasons(self, tokens_BX: Tensor, tails_BXL: Tensor, num_new_B: Tensor) -> Tensor:
+        """Reasons [B, X] to stop, for candidates as in `find_words`."""
+        return find_reasons(
+            tokens_BX,
+            num_new_B,
+            max_new_B=self.max_new_B,
+            end_ids_BN=self.end_ids_BN,
+            is_word_BX=self.find_words(tails_BXL, num_new_B) if self.has_words else None,
+        )
 
 
 class Warper(nn.Module):
@@ -330,7 +321,9 @@ class Sampler(DeviceState):
         greedy_B = torch.tensor([p.is_greedy for p in params])
         self.greedy_B = nn.Buffer(to_device(greedy_B, device))
         self.pad_B = nn.Buffer(to_device(longs(p.pad_id for p in params), device))
-        self.reasons_B = nn.Buffer(torch.zeros(len(params), dtype=torch.int64, device=device))
+        zeros_B = torch.zeros(len(params), dtype=torch.int64, device=device)
+        self.reasons_B, self.tokens_B = nn.Buffer(zeros_B), nn.Buffer(zeros_B.clone())
+        self.num_alive = nn.Buffer(torch.full_like(zeros_B[:1], len(params)))
         if self.has_sampled:
             self.uniforms_BN = nn.Buffer(make_uniforms(params, device))
 
@@ -342,25 +335,23 @@ class Sampler(DeviceState):
 
     def processed_logits(self, logits_BV: Tensor) -> Tensor:
         """The scores [B, V] that the next `step` on these logits chooses from: penalties applied to
-        every row, temperature and the limits to rows that sample."""
-        return self.warper(self.penalties(logits_BV, self.history))
+        every row, temperature and the limits to rows that sample. fp32, but where nothing is
+        applied the logits as they are, which have the same best."""
+        if not (self.has_sampled or self.penalties.stages):
+            return logits_BV
+        return self.warper(self.penalties(logits_BV.float(), self.history))
 
     def step(self, logits_BV: Tensor) -> Sampled:
-        """Choose a token for every row that has not finished. `logits_BV` is float32, unchanged."""
-        assert logits_BV.dtype == torch.float32 and logits_BV.shape[1] == self.vocab_size
-        alive_B = self.reasons_B == FinishReason.NOT_FINISHED.value
+        """Choose a token for every row that has not finished. The logits are not changed."""
+        assert logits_BV.is_floating_point() and logits_BV.shape[1] == self.vocab_size
         chosen_B = self._choose(self.processed_logits(logits_BV))
-        log_probs_B = self._log_probs(logits_BV, chosen_B, alive_B)
-        self.history.append(chosen_B, alive_B)
-        tails_B1L = self.history.tail(self.stops.tail_length)[:, None]
-        num_new_B = self.history.num_new()
-        reasons_B1 = self.stops.find_reasons(chosen_B[:, None], tails_B1L, num_new_B)
-        self.reasons_B.copy_(torch.where(alive_B, reasons_B1.squeeze(1), self.reasons_B))
-        return Sampled(
-            tokens_B=torch.where(alive_B, chosen_B, self.pad_B),
-            log_probs_B=log_probs_B,
-            finished_B=self.reasons_B != FinishReason.NOT_FINISHED.value,
-        )
+        log_probs_B = self._log_probs(logits_BV, chosen_B) if self.has_log_probs else None
+        ops.take_tokens(self._rows(), chosen_B, self._find_words(chosen_B))
+        return Sampled(self.tokens_B, log_probs_B)
+
+    def is_finished(self) -> Tensor:
+        """Which rows have finished, the newest token included; bool [B]."""
+        return self.reasons_B != FinishReason.NOT_FINISHED.value
 
     def results(self) -> list[list[int]]:
         """New tokens of each row so far, the end id or stop word included. Waits for the device."""
@@ -371,15 +362,34 @@ class Sampler(DeviceState):
 
     def _choose(self, scores_BV: Tensor) -> Tensor:
         if not self.has_sampled:
-            return scores_BV.argmax(-1)
+            return ops.argmax(scores_BV)
         uniform_B = self.uniforms_BN.gather(1, self.history.num_new()[:, None]).squeeze(1)
         drawn_B = draw(scores_BV, uniform_B)
         if not self.has_greedy:
             return drawn_B
-        return torch.where(self.greedy_B, scores_BV.argmax(-1), drawn_B)
+        return torch.where(self.greedy_B, ops.argmax(scores_BV), drawn_B)
 
-    def _log_probs(self, logits_BV: Tensor, tokens_B: Tensor, alive_B: Tensor) -> Tensor:
-        if not self.has_log_probs:
-            return torch.full_like(alive_B, math.nan, dtype=torch.float32)
-        chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1)
-        return (chosen_B - logits_BV.logsumexp(-1)).masked_fill_(~alive_B, 0.0)
+    def _find_words(self, chosen_B: Tensor) -> Tensor | None:
+        """Which rows complete a stop word with the tokens chosen; bool [B]."""
+        if not self.stops.has_words:
+            return None
+        earlier_BL = self.history.tail(self.stops.tail_length - 1)
+        tails_B1L = torch.cat([earlier_BL, chosen_B[:, None]], 1)[:, None]
+        return self.stops.find_words(tails_B1L, self.history.num_new() + 1).squeeze(1)
+
+    def _rows(self) -> Rows:
+        return Rows(
+            history_BH=self.history.tokens_BH,
+            ends_B=self.history.ends_B,
+            reasons_B=self.reasons_B,
+            tokens_B=self.tokens_B,
+            num_alive=self.num_alive,
+            starts_B=self.history.starts_B,
+            max_new_B=self.stops.max_new_B,
+            end_ids_BN=self.stops.end_ids_BN,
+            pad_ids_B=self.pad_B,
+        )
+
+    def _log_probs(self, logits_BV: Tensor, tokens_B: Tensor) -> Tensor:
+        chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1).float()
+        return (chosen_B - logits_BV.float().logsumexp(-1)).masked_fill_(self.is_finished(), 0.0)

@@ -64,7 +64,7 @@ class StaticBatch:
             logits_RV = self._decode()
 
     def prefill(self) -> Tensor | None:
-        """Compute the prompts; logits fp32 [B, V] after each, None except on the last stage."""
+        """Compute the prompts; logits [B, V] after each, None except on the last stage."""
         last: list[Tensor] = []
         context: list[list[Tensor]] = [[] for _ in self._prompts]
         lengths = [len(prompt) for prompt in self._prompts]
@@ -83,7 +83,7 @@ class StaticBatch:
             if logits_RV is None:
                 continue
             if self._wants_context and self.decoder is not None:
-                parts = logits_RV.cpu().split([len(s.tokens) for s in segments])
+                parts = logits_RV.cpu().float().split([len(s.tokens) for s in segments])
                 for chunk, part in zip(chunks, parts, strict=True):
                     context[chunk.row].append(part)
             last.append(logits_RV[tails] if self._wants_context else logits_RV)
@@ -100,7 +100,7 @@ class StaticBatch:
         return [logits_NV[:count] for logits_NV, count in zip(steps_BNV, counts, strict=True)]
 
     def _decode(self) -> Tensor | None:
-        """One token further; logits fp32 [rows, V], zeros in rows that have finished."""
+        """One token further; logits [rows, V], zeros in rows that have finished."""
         rows = [row for row, live in enumerate(self._live) if live]
         tables = self._packer.tables
         segments = [Segment(row, [self._last[row]], tables.length(row) + 1) for row in rows]
@@ -118,7 +118,7 @@ class StaticBatch:
         if self.decoder is not None:
             assert logits_RV is not None
             if self._wants_generation:
-                self._steps.append(logits_RV.cpu())
+                self._steps.append(logits_RV.cpu().float())
             choice = self.decoder.step(logits_RV)
             if self._group.size == 1:
                 return choice

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from engine.cache import LayerCache
 from engine.kernels.registry import select
+from engine.kernels.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,14 @@ class Attending:
     def block_lists(self) -> list[list[int]]:
         """`block_table_BM` on the host, fetched once for all layers of a step."""
         return self.block_table_BM.tolist()
+
+
+class Places(NamedTuple):
+    """Where the newest token of each row goes, for `Attending`."""
+
+    positions_B: Tensor  # int64
+    kv_lens_B: Tensor  # int32, positions + 1; 0 in rows of padding
+    slots_B: Tensor  # int64; -1 in rows of padding
 
 
 def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
@@ -163,3 +173,30 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     the cache has scales, they are codes · scale, and products are accumulated in fp32.
     """
     return select("attention", q_THD.device)(q_THD, layer, batch)
+
+
+def rotary_angles(positions_T: Tensor, inverse_C: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [T, D/2] each, of position · inverse frequency in fp32, times `gain`.
+
+    `positions_T` are int64; `inverse_C` is fp32 [D/2], or [T, D/2] where every token has its own.
+    """
+    return select("rotary_angles", positions_T.device)(positions_T, inverse_C, gain)
+
+
+def argmax(logits_BV: Tensor) -> Tensor:
+    """tokens int64 [B]: each row's greatest logit, of equal ones the lowest id. NaN is greater
+    than any number, as in torch."""
+    return select("argmax", logits_BV.device)(logits_BV)
+
+
+def take_tokens(rows: Rows, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+    """Append the chosen tokens, int64, to the rows that have not finished, and find those that do
+    with them: an end id came, or a stop word (bool `is_word_B`; None: no row has any), or the row
+    has all the new tokens it may have. In place."""
+    select("take_tokens", chosen_B.device)(rows, chosen_B, is_word_B)
+
+
+def place_tokens(ends_B: Tensor, first: int, table_BM: Tensor, block_tokens: int) -> Places:
+    """Places of the newest token of rows whose tokens are the columns first … ends - 1 of a
+    history. A row of one token, which no prompt came before, is padding."""
+    return select("place_tokens", ends_B.device)(ends_B, first, table_BM, block_tokens)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cache import LayerCache
-from engine.kernels.api import Attending
+from engine.kernels.api import Attending, Places
 from engine.kernels.quantized_reference import quantize_fp8, quantize_int8
+from engine.kernels.rows import FinishReason, Rows, append, find_reasons
 
 # Attention takes this many tokens at a time, so that a long prompt's scores fit in memory.
 MAX_QUERIES = 256
@@ -128,3 +129,37 @@ def rope_write_kv(
     q_THD, k_TGD = rope(q_THD, k_TGD, cos_TC, sin_TC)
     write_kv(k_TGD, v_TGD, layer, slots_T)
     return q_THD
+
+
+def rotary_angles(positions_T: Tensor, inverse_C: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    angles_TC = positions_T[:, None].float() * inverse_C
+    return angles_TC.cos() * gain, angles_TC.sin() * gain
+
+
+def argmax(logits_BV: Tensor) -> Tensor:
+    # On a CPU torch takes four times as long for 16-bit numbers.
+    return logits_BV.float().argmax(-1)
+
+
+def take_tokens(rows: Rows, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+    alive_B = rows.reasons_B == FinishReason.NOT_FINISHED.value
+    append(rows.history_BH, rows.ends_B, chosen_B, alive_B)
+    reasons_B1 = find_reasons(
+        chosen_B[:, None],
+        rows.ends_B - rows.starts_B,
+        max_new_B=rows.max_new_B,
+        end_ids_BN=rows.end_ids_BN,
+        is_word_BX=None if is_word_B is None else is_word_B[:, None],
+    )
+    rows.reasons_B.copy_(torch.where(alive_B, reasons_B1.squeeze(1), rows.reasons_B))
+    rows.tokens_B.copy_(torch.where(alive_B, chosen_B, rows.pad_ids_B))
+    rows.num_alive.copy_((rows.reasons_B == FinishReason.NOT_FINISHED.value).sum())
+
+
+def place_tokens(ends_B: Tensor, first: int, table_BM: Tensor, block_tokens: int) -> Places:
+    positions_B = ends_B - first - 1
+    is_padding_B = positions_B == 0
+    blocks_B = table_BM.gather(1, (positions_B // block_tokens)[:, None]).squeeze(1)
+    slots_B = blocks_B.long() * block_tokens + positions_B % block_tokens
+    kv_lens_B = (positions_B + 1).int().masked_fill(is_padding_B, 0)
+    return Places(positions_B, kv_lens_B, slots_B.masked_fill(is_padding_B, -1))

@@ -112,6 +112,10 @@ FAMILIES = (
             "write_kv",
             "attention",
             "rope_write_kv",
+            "rotary_angles",
+            "argmax",
+            "take_tokens",
+            "place_tokens",
         ),
     ),
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, Rope
+from engine.kernels import api as ops
 
 
 class RotaryEmbedding:
@@ -32,8 +33,7 @@ class RotaryEmbedding:
         inverse = self._inverse
         if self._rope.type == "dynamic":
             inverse = self._dynamic_inverse(lengths_T)
-        angles = positions_T[:, None].float() * inverse
-        return angles.cos() * self._gain, angles.sin() * self._gain
+        return ops.rotary_angles(positions_T, inverse, self._gain)
 
     def _dynamic_inverse(self, lengths_T: Tensor) -> Tensor:
         """Dynamic NTK scaling: the base grows with the sequence, [T, D/2]."""

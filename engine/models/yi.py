@@ -64,7 +64,7 @@ class Block:
 
 
 class Head:
-    """Final norm and output projection; every rank of the stage gets all logits in fp32."""
+    """Final norm and output projection; every rank of the stage gets all logits."""
 
     def __init__(self, arrays: Arrays, config: ModelConfig, quant: QuantConfig, parallel: Parallel):
         self._norm = Norm(arrays.tensor("norm.weight"), config.rms_norm_eps)
@@ -78,15 +78,15 @@ class Head:
 
     def __call__(self, h_RE: Tensor) -> Tensor:
         logits_RV = self._tp.all_gather(self._head(h_RE, norm=self._norm))
-        return logits_RV[:, : self._vocab].float()
+        return logits_RV[:, : self._vocab]
 
 
 class Yi:
     """The layers of one pipeline stage.
 
-    Calling it returns logits fp32 [R, V] on the last stage and None on the others, which hand
-    their hidden state on. `kv_scales` fp32 [layers, 2, G] belong to a cache that stores codes;
-    None where it stores the engine's dtype.
+    Calling it returns logits [R, V] on the last stage, of the engine's dtype, and None on the
+    others, which hand their hidden state on. `kv_scales` fp32 [layers, 2, G] belong to a cache
+    that stores codes; None where it stores the engine's dtype.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ def _embedding(
     x, tokens, table, first_row, rows, width, table_stride, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     place = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -26,8 +27,6 @@ def _embedding(
     inside = column < width
     values = tl.load(table + row * table_stride + column, mask=inside & is_held, other=0.0)
     tl.store(x + place * width + column, values, mask=inside)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def embedding(tokens_T: Tensor, table_VE: Tensor, first_row: int = 0) -> Tensor:

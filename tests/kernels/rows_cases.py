@@ -1,0 +1,48 @@
+"""Kernels of a decode step outside the layers, as they are launched for Yi-6B, for compilation."""
+
+from __future__ import annotations
+
+from engine.kernels.rows import Rows
+from engine.kernels.triton import argmax, place_tokens, rotary_angles, take_tokens
+from tests.kernels.rowwise_cases import case
+from tests.kernels.triton_compile import compile_case
+
+ROWS = {"rows": "i32", "history_stride": "i32", "num_end_ids": "i32"}
+LONGS = dict.fromkeys(Rows._fields, "*i64") | {"chosen": "*i64"}
+PLACES = {"positions": "*i64", "kv_lens": "*i32", "slots": "*i64", "ends": "*i64", "table": "*i32"}
+NUMBERS = {"rows": "i32", "first": "i32", "block_tokens": "i32", "table_stride": "i32"}
+LOGITS = {"vocab": "i32", "row_stride": "i32", "part_tiles": "i32"}
+FOUND = {"tokens": "*i64", "partial": "*i64", "arrivals": "*i32"}
+
+CASES = [
+    case(
+        rotary_angles._rotary_angles, "",
+        {"count": "i32", "inverse_stride": "i32", "gain": "fp32"},
+        {"HALF": 64, "BLOCK": rotary_angles.BLOCK}, {"num_warps": rotary_angles.WARPS},
+        {"cos": "*fp32", "sin": "*fp32", "positions": "*i64", "inverse": "*fp32"}, True,
+    ),
+    case(
+        argmax._argmax, "logits", LOGITS, {"TILE": argmax.TILE, "PARTS": 64},
+        {"num_warps": argmax.WARPS}, FOUND, True,
+    ),
+    case(
+        argmax._argmax, "", LOGITS, {"TILE": argmax.TILE, "PARTS": 1},
+        {"num_warps": argmax.WARPS}, FOUND | {"logits": "*fp32"},
+    ),
+    case(
+        take_tokens._take_tokens, "", ROWS, {"BLOCK": 64, "END_IDS": 2},
+        {"num_warps": take_tokens.WARPS}, LONGS | {"is_word": None}, True,
+    ),
+    case(
+        take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.MAX_BLOCK, "END_IDS": 16},
+        {"num_warps": take_tokens.WARPS}, LONGS | {"is_word": "*i1"},
+    ),
+    case(
+        place_tokens._place_tokens, "", NUMBERS, {"BLOCK": place_tokens.BLOCK},
+        {"num_warps": place_tokens.WARPS}, PLACES, True,
+    ),
+]  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(compile_case(CASES[0], 90).ptx)
