@@ -30,11 +30,11 @@ CASES = [
         {"num_warps": argmax.WARPS}, FOUND | {"logits": "*fp32"},
     ),
     case(
-        take_tokens._take_tokens, "", ROWS, {"BLOCK": 64, "END_IDS": 2},
+        take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.BLOCK, "END_IDS": 1},
         {"num_warps": take_tokens.WARPS}, LONGS | {"is_word": None}, True,
     ),
     case(
-        take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.MAX_BLOCK, "END_IDS": 16},
+        take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.BLOCK, "END_IDS": 16},
         {"num_warps": take_tokens.WARPS}, LONGS | {"is_word": "*i1"},
     ),
     case(

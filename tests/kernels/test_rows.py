@@ -21,7 +21,7 @@ prepare_interpreter()
 from engine.kernels.triton.argmax import TILE, argmax  # noqa: E402
 from engine.kernels.triton.place_tokens import place_tokens  # noqa: E402
 from engine.kernels.triton.rotary_angles import rotary_angles  # noqa: E402
-from engine.kernels.triton.take_tokens import MAX_BLOCK, take_tokens  # noqa: E402
+from engine.kernels.triton.take_tokens import BLOCK, take_tokens  # noqa: E402
 
 TRITON = {
     function.__name__: function for function in (argmax, place_tokens, rotary_angles, take_tokens)
@@ -145,7 +145,7 @@ def test_a_token_ends_a_row_for_the_first_reason_that_applies(run: Callable):
 
 @both("take_tokens")
 def test_rows_beyond_a_block_are_counted(run: Callable):
-    count = 2 * MAX_BLOCK + 3
+    count = 2 * BLOCK + 3
     rows = make_rows([[1]] * count, [1] * count, most=[9] * count, end_ids=[[2]] * count)
     chosen = [2 if row % 3 else 5 for row in range(count)]
     run(rows, tensor(chosen), None)

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.kernels.rows import FinishReason, Rows
 from engine.kernels.triton._launch import launch_options
 
-MAX_BLOCK = 128
+BLOCK = 128
 WARPS = 4
 
 NOT_FINISHED = tl.constexpr(FinishReason.NOT_FINISHED.value)
@@ -64,7 +64,6 @@ def take_tokens(rows: Rows, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
     count, num_end_ids = rows.end_ids_BN.shape
     _take_tokens[(1,)](
         *rows, chosen_B, is_word_B, count, rows.history_BH.shape[1], num_end_ids,
-        BLOCK=min(MAX_BLOCK, triton.next_power_of_2(count)),
-        END_IDS=triton.next_power_of_2(num_end_ids),
+        BLOCK=BLOCK, END_IDS=triton.next_power_of_2(num_end_ids),
         num_warps=WARPS, **launch_options(chosen_B.device),
     )  # fmt: skip
