@@ -34,6 +34,8 @@ def prepare_interpreter() -> None:
     builder = interpreter.InterpreterBuilder
     for owner, name in (
         (builder, "cast_impl"),
+        (builder, "create_fp_to_fp"),
+        (builder, "create_fma"),
         (builder, "create_dot"),
         (interpreter, "_patch_lang_tensor"),
     ):
@@ -50,6 +52,26 @@ def _cast_impl(builder: Any, source: Any, dtype: Any) -> Any:
         return _originals["cast_impl"](builder, source, dtype)
     rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16)
     return TensorHandle(rounded.numpy(), tl.bfloat16)
+
+
+def _create_fp_to_fp(builder: Any, source: Any, dtype: Any, rounding: Any) -> Any:
+    """fp32 to float8 to nearest, ties to even; the interpreter truncates."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if source.dtype.scalar != tl.float32 or dtype.scalar != tl.float8e4nv:
+        return _originals["create_fp_to_fp"](builder, source, dtype, rounding)
+    rounded = torch.from_numpy(source.data.copy()).to(torch.float8_e4m3fn).view(torch.uint8)
+    return TensorHandle(rounded.numpy(), tl.float8e4nv)
+
+
+def _create_fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """One rounding for both operations of fp32, as fp64's product of two fp32 is exact."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return TensorHandle(wide.astype(x.data.dtype), z.dtype.scalar)
 
 
 def _create_dot(builder: Any, a: Any, b: Any, *args: Any) -> Any:

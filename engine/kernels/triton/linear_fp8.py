@@ -1,23 +1,31 @@
 """y = (x_codes @ codesᵀ) · x_scale · scale, float8_e4m3fn products with fp32 sums.
 
-Many tokens of one scale and weights of one scale are cuBLAS' case (`torch._scaled_mm`, Ada and
-later); it takes rows of 16 bytes only. Everything else is Triton's.
+Many tokens are cuBLAS' case (`torch._scaled_mm`, Ada and later); it takes rows of 16 bytes only.
+It gets no scales but a power of two, since its product by rows is slower and, before PyTorch 2.12,
+ignores the current stream; a kernel of ours scales the sums in the pass that gates them or adds
+the residual. So sums are rounded to the dtype once more than elsewhere: an error of half a unit in
+the last place, where rounding the tokens to three bits costs hundreds.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engine.kernels.triton._codes import has_float8
-from engine.kernels.triton._product import CodesProduct, Norm
-from engine.kernels.triton._quantize import quantize
+from engine.kernels.triton._codes_product import CodesProduct
+from engine.kernels.triton._quantize import CODE_RANGE, Codes, quantize_gated
+from engine.kernels.triton._scale import scale_sums
 from engine.kernels.triton._tactics import FEW_TOKENS, Config
 from engine.kernels.triton._weights import Weights
 
 LIBRARY_MULTIPLE = 16
+# Hopper's fast sums have 14 bits.
+USES_FAST_SUMS = False
+MAX_FP16 = 65504
 
 
 class LinearFp8(CodesProduct):
@@ -25,45 +33,46 @@ class LinearFp8(CodesProduct):
 
     def __init__(self, codes_NK: Tensor, scale_N: Tensor, input_scale: Tensor | None):
         super().__init__(Weights(codes_NK, scale_N), input_scale)
+        # Each factor of the library's product takes half of a unit that keeps sums within fp16.
+        largest = codes_NK.shape[1] * CODE_RANGE[codes_NK.dtype] ** 2
+        half = 2.0 ** -math.ceil(math.log2(largest / MAX_FP16) / 2)
+        self._half_unit = torch.tensor(half, device=codes_NK.device)
+        self._unit = half**-2
+        self._reader: LinearFp8 | None = None
 
-    def run(
-        self,
-        x_TK: Tensor,
-        config: Config,
-        norm: Norm | None = None,
-        is_gated: bool = False,
-        residual_TN: Tensor | None = None,
-    ) -> Tensor | None:
-        if len(x_TK) <= FEW_TOKENS or not self._suits_library or x_TK.dtype == torch.float32:
-            return super().run(x_TK, config, norm, is_gated, residual_TN)
-        if is_gated or residual_TN is not None:
-            return None
-        codes_TK, scale = quantize(
-            x_TK, self.weights.codes.dtype, given=self.input_scale, norm=norm
-        )
-        return torch._scaled_mm(
-            codes_TK, self.weights.codes.T, scale_a=scale.reshape(()), scale_b=self._weight_scale,
-            out_dtype=x_TK.dtype, use_fast_accum=False,
+    def feed(self, reader: Callable[[Tensor], Tensor]) -> None:
+        """Gated results are for `reader` alone: it gets its codes where that saves a pass."""
+        self._reader = reader if isinstance(reader, LinearFp8) else None
+
+    def multiply(
+        self, x: Codes, config: Config, is_gated: bool, residual_TN: Tensor | None
+    ) -> Tensor | Codes:
+        weights = self.weights
+        if not self._suits_library(x):
+            return super().multiply(x, config, is_gated, residual_TN)
+        sums_TN = torch._scaled_mm(
+            x.codes_TK, weights.codes.T, scale_a=self._half_unit, scale_b=self._half_unit,
+            out_dtype=x.dtype, use_fast_accum=USES_FAST_SUMS,
+        )  # fmt: skip
+        assert weights.scale is not None
+        if is_gated and self._reader is not None and residual_TN is None:
+            return quantize_gated(
+                sums_TN, weights.scale, x.scale, weights.codes.dtype,
+                given=self._reader.input_scale, unit=self._unit,
+            )  # fmt: skip
+        return scale_sums(
+            sums_TN, weights.scale, x.scale,
+            unit=self._unit, is_gated=is_gated, residual_TN=residual_TN,
         )  # fmt: skip
 
-    @cached_property
-    def _suits_library(self) -> bool:
-        """Looks at the scales once, which waits for the device: never while a graph is captured,
-        whose warm-up comes first."""
-        codes_NK, scale_N = self.weights.codes, self.weights.scale
-        assert scale_N is not None
+    def _suits_library(self, x: Codes) -> bool:
+        codes_NK = self.weights.codes
         return (
-            codes_NK.is_cuda
+            len(x.codes_TK) > FEW_TOKENS
+            and x.dtype != torch.float32
             and has_float8(codes_NK.device)
-            and self.input_scale is not None
             and not any(size % LIBRARY_MULTIPLE for size in codes_NK.shape)
-            and bool((scale_N == scale_N[0]).all())
         )
-
-    @property
-    def _weight_scale(self) -> Tensor:
-        assert self.weights.scale is not None
-        return self.weights.scale[0]
 
 
 def linear_fp8(

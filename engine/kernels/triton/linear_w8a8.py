@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.kernels.triton._product import CodesProduct
+from engine.kernels.triton._codes_product import CodesProduct
 from engine.kernels.triton._weights import Weights
 
 
