@@ -59,7 +59,7 @@ class DecodeLoop(DeviceState):
         device = packer.device
         real, bucket = len(rows.params), pad_rows(len(rows.params))
         self.params, self.num_real = list(rows.params), real
-        # Rows of padding have one token to write and have finished before they begin.
+        # Rows of padding have a prompt of one token and have finished before they begin.
         padding = [SamplingParams(max_new_tokens=1, end_ids=())] * (bucket - real)
         prompts = [*rows.prompts, *[[0]] * (bucket - real)]
         self.sampler = Sampler([*rows.params, *padding], prompts, vocab_size, device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine.errors import RequestError
 from engine.kernels import api as ops
-from engine.kernels.rows import FinishReason, Rows, find_reasons
+from engine.kernels.rows import FinishReason, RowState, find_reasons
 from engine.penalties import (
     BANNED,
     Device,
@@ -377,8 +377,8 @@ class Sampler(DeviceState):
         tails_B1L = torch.cat([earlier_BL, chosen_B[:, None]], 1)[:, None]
         return self.stops.find_words(tails_B1L, self.history.num_new() + 1).squeeze(1)
 
-    def _rows(self) -> Rows:
-        return Rows(
+    def _rows(self) -> RowState:
+        return RowState(
             history_BH=self.history.tokens_BH,
             ends_B=self.history.ends_B,
             reasons_B=self.reasons_B,

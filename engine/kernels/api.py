@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.cache import LayerCache
 from engine.kernels.registry import select
-from engine.kernels.rows import Rows
+from engine.kernels.rows import RowState
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,7 @@ def argmax(logits_BV: Tensor) -> Tensor:
     return select("argmax", logits_BV.device)(logits_BV)
 
 
-def take_tokens(rows: Rows, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
     """Append the chosen tokens, int64, to the rows that have not finished, and find those that do
     with them: an end id came, or a stop word (bool `is_word_B`; None: no row has any), or the row
     has all the new tokens it may have. In place."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.cache import LayerCache
 from engine.kernels.api import Attending, Places
 from engine.kernels.quantized_reference import quantize_fp8, quantize_int8
-from engine.kernels.rows import FinishReason, Rows, append, find_reasons
+from engine.kernels.rows import FinishReason, RowState, append, find_reasons
 
 # Attention takes this many tokens at a time, so that a long prompt's scores fit in memory.
 MAX_QUERIES = 256
@@ -141,7 +141,7 @@ def argmax(logits_BV: Tensor) -> Tensor:
     return logits_BV.float().argmax(-1)
 
 
-def take_tokens(rows: Rows, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
     alive_B = rows.reasons_B == FinishReason.NOT_FINISHED.value
     append(rows.history_BH, rows.ends_B, chosen_B, alive_B)
     reasons_B1 = find_reasons(

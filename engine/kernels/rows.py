@@ -24,7 +24,7 @@ class FinishReason(IntEnum):
     LENGTH = 3
 
 
-class Rows(NamedTuple):
+class RowState(NamedTuple):
     """Rows that decode together, int64 throughout; `take_tokens` changes the first five in place.
 
     Row b has the tokens `history_BH[b, : ends_B[b]]`, new ones from column `starts_B[b]` on, and

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.kernels.rows import Rows
+from engine.kernels.rows import RowState
 from engine.kernels.triton import argmax, place_tokens, rotary_angles, take_tokens
 from tests.kernels.rowwise_cases import case
 from tests.kernels.triton_compile import compile_case
 
 ROWS = {"rows": "i32", "history_stride": "i32", "num_end_ids": "i32"}
-LONGS = dict.fromkeys(Rows._fields, "*i64") | {"chosen": "*i64"}
+LONGS = dict.fromkeys(RowState._fields, "*i64") | {"chosen": "*i64"}
 PLACES = {"positions": "*i64", "kv_lens": "*i32", "slots": "*i64", "ends": "*i64", "table": "*i32"}
 NUMBERS = {"rows": "i32", "first": "i32", "block_tokens": "i32", "table_stride": "i32"}
 LOGITS = {"vocab": "i32", "row_stride": "i32", "part_tiles": "i32"}

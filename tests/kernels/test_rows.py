@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import api, reference
-from engine.kernels.rows import FinishReason, Rows
+from engine.kernels.rows import FinishReason, RowState
 from engine.sampling import Sampler, SamplingParams
 from tests.kernels.helpers import DTYPES, random
 from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
@@ -102,11 +102,11 @@ def test_places_of_tokens(run: Callable):
     assert dtypes == [torch.int64, torch.int32, torch.int64]
 
 
-def make_rows(history: list[list[int]], starts: list[int], **lists: list) -> Rows:
+def make_rows(history: list[list[int]], starts: list[int], **lists: list) -> RowState:
     width = max(map(len, history)) + 3
     padded = [row + [EMPTY] * (width - len(row)) for row in history]
     count = len(history)
-    return Rows(
+    return RowState(
         history_BH=tensor(padded),
         ends_B=tensor([len(row) for row in history]),
         reasons_B=tensor(lists.get("reasons", [0] * count)),

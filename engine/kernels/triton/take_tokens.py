@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.rows import FinishReason, Rows
+from engine.kernels.rows import FinishReason, RowState
 from engine.kernels.triton._launch import launch_options
 
 BLOCK = 128
@@ -58,7 +58,7 @@ def _take_tokens(
     tl.store(num_alive, tl.sum(alive_rows, axis=0))
 
 
-def take_tokens(rows: Rows, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
     assert all(t.is_contiguous() for t in (*rows, chosen_B))
     assert is_word_B is None or is_word_B.is_contiguous()
     count, num_end_ids = rows.end_ids_BN.shape

@@ -115,6 +115,15 @@ def test_dynamic_scaling_of_a_mixed_batch_follows_each_sequence():
         torch.testing.assert_close(actual, torch.cat(parts), rtol=0, atol=TOLERANCE)
 
 
+def test_any_integers_serve_as_lengths():
+    ours, _ = rotations({"rope_scaling": SCALINGS["dynamic"]})
+    positions_T, lengths_T = torch.tensor([5, 2499]), torch.tensor([300, 2500])
+    for long, short in zip(
+        ours(positions_T, lengths_T), ours(positions_T, lengths_T.int()), strict=True
+    ):
+        assert torch.equal(long, short)
+
+
 def test_lengths_are_ignored_without_dynamic_scaling():
     ours, theirs = rotations({})
     positions_T = torch.tensor([0, 5, 4000])
