@@ -119,7 +119,7 @@ def measure_int4(name: str) -> None:
     for _ in range(copies):
         codes_NB = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
         layers.append((codes_NB, scale_NR, None, INT4_BLOCK))
-    ways = (cpu_int4.TorchInt4Groups, cpu_int4.NativeInt4)
+    ways = (cpu_int4.TorchInt4Groups, cpu_int4.bind_groups)
     prepared = [[way(*layer) for layer in layers] for way in ways]
     for tokens in TOKENS:
         x_TK = torch.randn(tokens, inputs).to(torch.bfloat16)

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import packing, quantized_reference
-from engine.kernels.native import compiled
-from engine.kernels.native.int4 import PackedInt4
-from engine.kernels.packing import start
+from engine.kernels.native import compiled, int4
+from engine.kernels.packing import Packing, start
 from engine.kernels.quantized_reference import (
     INT4_ZERO,
     NIBBLE_BLOCK,
@@ -32,33 +31,20 @@ INT4_TOKENS = 48
 
 def bind_rows(codes_NB: Tensor, scale_N: Tensor) -> Callable[[Tensor], Tensor]:
     """`linear_int4` with these weights."""
-    if compiled.load("int4") is None:
+    library = compiled.load("int4")
+    if library is None:
         return TorchInt4Rows(codes_NB, scale_N)
-    return NativeInt4(codes_NB, scale_N[:, None], None, NIBBLE_BLOCK)
+    return Packing(int4.pack, library, codes_NB, scale_N[:, None], None, NIBBLE_BLOCK)
 
 
 def bind_groups(
     codes_NB: Tensor, scale_NR: Tensor, zero_NR: Tensor | None, block: int
 ) -> Callable[[Tensor], Tensor]:
     """`linear_int4_groups` with these weights."""
-    own = TorchInt4Groups if compiled.load("int4") is None else NativeInt4
-    return own(codes_NB, scale_NR, zero_NR, block)
-
-
-class NativeInt4:
-    """Products with the tokens' leading bits, exact but for the scaling: see native/int4.cpp.
-
-    It is at the memory's speed for few tokens and at oneDNN's bf16 speed for many.
-    """
-
-    def __init__(
-        self, codes_NB: Tensor, scale_NR: Tensor, zero_NR: Tensor | None, block: int
-    ) -> None:
-        library = compiled.load("int4")
-        self._packed = start(PackedInt4, library, codes_NB, scale_NR, zero_NR, block)
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        return self._packed.result()(x_TK)
+    library = compiled.load("int4")
+    if library is None:
+        return TorchInt4Groups(codes_NB, scale_NR, zero_NR, block)
+    return Packing(int4.pack, library, codes_NB, scale_NR, zero_NR, block)
 
 
 class TorchInt4Rows:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -18,6 +19,21 @@ BLOCK_WEIGHTS = 2**20
 def start(make: Callable[..., Result], *arguments: Any) -> Future[Result]:
     """`make` in a thread of its own; the constructors of other layers do not wait for it."""
     return _packers().submit(make, *arguments)
+
+
+class Packing:
+    """A product with its `fused` form (see engine/layers/linear.py), which is being made."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any):
+        self._product = start(make, *arguments)
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        y_TN: Tensor = self._product.result()(x_TK)
+        return y_TN
+
+    def fused(self, x_TK: Tensor, **around: Any) -> Tensor | None:
+        y_TN: Tensor | None = self._product.result().fused(x_TK, **around)
+        return y_TN
 
 
 @cache

@@ -11,60 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu, cpu_int4, packing
-from engine.kernels.cpu_integer import pack_product
+from engine.kernels import cpu, cpu_int4, cpu_int8, packing
 from engine.kernels.packing import start
-from engine.kernels.quantized_reference import (
-    INT8_MAX,
-    quantize_fp8,
-    quantize_int8,
-    row_blocks,
-)
-
-# Int8 digits that a token is written with: fp32 tokens get 31 bits below their largest value, the
-# others 15, whose error is below their dtype's own rounding of the product even if one value of
-# the token outweighs all others.
-FP32_DIGITS, DIGITS = 4, 2
-# A digit's worth in the next: rounding leaves half a unit to either side.
-DIGIT_BASE = 2 * INT8_MAX
-# A token of smaller values loses bits.
-MIN_TOKEN_RANGE = 1e-30
+from engine.kernels.quantized_reference import quantize_fp8, row_blocks
 
 # Part of the machine's memory that widened FP8 weights must leave.
 RESERVED_MEMORY = 0.25
-
-
-class Int8Weights:
-    """A token is the sum of a few int8 digits, whose products with the codes are exact.
-
-    No result depends on the batch it is computed in.
-    """
-
-    def __init__(self, codes_NK: Tensor, scale_N: Tensor):
-        self._product = start(pack_product, codes_NK)
-        self._scale_N = scale_N
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        count = FP32_DIGITS if x_TK.dtype == torch.float32 else DIGITS
-        digits_DTK, step_T1 = split_digits(x_TK, count)
-        sums_XN = self._product.result()(digits_DTK.flatten(0, 1))
-        *greater, y_TN = sums_XN.unflatten(0, digits_DTK.shape[:2]).unbind()
-        for sums_TN in reversed(greater):
-            y_TN = torch.add(sums_TN, y_TN, alpha=1 / DIGIT_BASE)
-        return (y_TN * (step_T1 * self._scale_N)).to(x_TK.dtype)
-
-
-class Int8Activations:
-    """Exact sums of the products of codes. No result depends on the batch it is computed in."""
-
-    def __init__(self, codes_NK: Tensor, scale_N: Tensor, input_scale: Tensor | None):
-        self._product = start(pack_product, codes_NK)
-        self._scale_N, self._input_scale = scale_N, input_scale
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        x_codes_TK, x_scale = quantize_int8(x_TK, self._input_scale)
-        sums_TN = self._product.result()(x_codes_TK)
-        return (sums_TN * (x_scale * self._scale_N)).to(x_TK.dtype)
 
 
 class Fp8Weights:
@@ -97,13 +49,13 @@ class Fp8Weights:
 
 
 def linear_int8(x_TK: Tensor, codes_NK: Tensor, scale_N: Tensor) -> Tensor:
-    return Int8Weights(codes_NK, scale_N)(x_TK)
+    return cpu_int8.bind_weights(codes_NK, scale_N)(x_TK)
 
 
 def linear_w8a8(
     x_TK: Tensor, codes_NK: Tensor, scale_N: Tensor, input_scale: Tensor | None
 ) -> Tensor:
-    return Int8Activations(codes_NK, scale_N, input_scale)(x_TK)
+    return cpu_int8.bind_activations(codes_NK, scale_N, input_scale)(x_TK)
 
 
 def linear_int4(x_TK: Tensor, codes_NB: Tensor, scale_N: Tensor) -> Tensor:
@@ -124,26 +76,12 @@ def linear_fp8(
 
 # What registry.bind makes layers of.
 BOUND = {
-    "linear_int8": Int8Weights,
-    "linear_w8a8": Int8Activations,
+    "linear_int8": cpu_int8.bind_weights,
+    "linear_w8a8": cpu_int8.bind_activations,
     "linear_int4": cpu_int4.bind_rows,
     "linear_int4_groups": cpu_int4.bind_groups,
     "linear_fp8": Fp8Weights,
 }
-
-
-def split_digits(x_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers -127…127 as fp32 [count, T, K] and steps [T, 1]: the sum of digit d times
-    step / 254^d is the token, up to half a unit of the last digit."""
-    rest_TK = x_TK.float()
-    amax_T1 = torch.maximum(rest_TK.amax(-1, True), -rest_TK.amin(-1, True))
-    step_T1 = amax_T1.clamp(min=MIN_TOKEN_RANGE) / INT8_MAX
-    rest_TK = rest_TK / step_T1
-    digits_DTK = torch.empty(count, *x_TK.shape)
-    for digit_TK in digits_DTK:
-        torch.round(rest_TK, out=digit_TK)
-        rest_TK.sub_(digit_TK).mul_(DIGIT_BASE)
-    return digits_DTK, step_T1
 
 
 def widen_fp8(codes: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from engine import env
-from engine.kernels import cpu, cpu_int4
-from engine.kernels.native import compiled, dense, rowwise
+from engine.kernels import cpu, cpu_int4, cpu_int8
+from engine.kernels.native import compiled, dense, int4, int8, rowwise
 from engine.kernels.native.attention import attend_once
-from engine.kernels.native.int4 import PackedInt4
 from tests.kernels.helpers import DTYPES, TOLERANCES, Shape, assert_close, make_scene, random
-from tests.kernels.quantized import groups_layer, int4_layer
+from tests.kernels.quantized import groups_layer, int4_layer, int8_layer
 
 # What the compiler is told → what the CPU must have.
 VARIANTS = {"own": ("-march=native", ""), "avx2": ("-mavx2 -mfma", "avx2 fma"), "plain": ("", "")}
@@ -49,7 +48,7 @@ INT4_LAYERS = {
 
 @pytest.mark.parametrize("layer", INT4_LAYERS.values(), ids=INT4_LAYERS)
 def test_int4_products(library, layer) -> None:
-    product = PackedInt4(library("int4"), *layer.arrays)
+    product = int4.pack(library("int4"), *layer.arrays)
     for dtype in TOLERANCES:
         x = random(19, layer.matrix.shape[1], dtype=dtype)
         together = product(x)
@@ -64,7 +63,7 @@ def test_int4_of_one_group_and_long_rows_does_not_overflow(library) -> None:
     codes, scale = int4_layer(3, 20480).arrays
     codes.fill_(0xFF)
     x = torch.full((1, 20480), 3.0)
-    y = PackedInt4(library("int4"), codes, scale[:, None], None, 64)(x)
+    y = int4.pack(library("int4"), codes, scale[:, None], None, 64)(x)
     assert torch.allclose(y[0], 7 * 3 * 20480 * scale, rtol=1e-5)
 
 
@@ -73,7 +72,7 @@ def test_int4_keeps_what_outliers_leave_of_a_token(library) -> None:
     layer = groups_layer(256, 1024, 128, torch.float16, has_zero=True)
     x = random(2, 1024, dtype=torch.bfloat16)
     x[:, 7] = 1000
-    y = PackedInt4(library("int4"), *layer.arrays)(x)
+    y = int4.pack(library("int4"), *layer.arrays)(x)
     truth = x.double() @ layer.matrix.T
     assert (y.double() - truth).norm() < truth.norm() * torch.finfo(x.dtype).eps
 
@@ -83,10 +82,128 @@ def test_int4_tokens_of_zeros_and_of_nan(library) -> None:
     x = random(4, 64, dtype=torch.bfloat16)
     x[0] = 0
     x[1, 5], x[2, 6] = torch.nan, torch.inf
-    y = PackedInt4(library("int4"), *layer.arrays)(x)
+    y = int4.pack(library("int4"), *layer.arrays)(x)
     assert torch.equal(y[0], torch.zeros(20, dtype=x.dtype))
     assert y[1:3].isnan().all()
     assert y[3].isfinite().all()
+
+
+@pytest.mark.parametrize("outputs, inputs", [(48, 256), (33, 83), (1, 5001), (17, 1)])
+def test_int8_products(library, outputs: int, inputs: int) -> None:
+    layer = int8_layer(outputs, inputs)
+    product = int8.pack_weights(library("int8"), *layer.arrays)
+    for dtype in TOLERANCES:
+        x = random(19, inputs, dtype=dtype)
+        together = product(x)
+        assert_close(together, x.double() @ layer.matrix.T)
+        for tokens in (1, 2, 7, 16):
+            parts = torch.cat([product(part) for part in x.split(tokens)])
+            assert torch.equal(parts, together), "depends on the batch"
+    assert product(x[:0]).shape == (0, outputs)
+
+
+def test_int8_sums_of_the_largest_codes_are_exact(library) -> None:
+    """Instructions that add pairs of byte products in 16 bits would cut them off."""
+    codes = torch.full((34, 4100), 127, dtype=torch.int8)
+    codes[1], codes[2, ::2], codes[3, ::3] = -127, -127, 0
+    x = torch.full((5, 4100), 127.0)
+    x[1], x[2, ::2], x[3, ::4] = -127, -127, 3
+    product = int8.pack_activations(library("int8"), codes, torch.ones(34), torch.ones(1))
+    assert torch.equal(product(x).double(), (x.double() @ codes.double().T).float().double())
+
+
+def test_int8_codes_of_tokens_are_those_of_the_contract(library) -> None:
+    """Ties go to even, values beyond the given range to its ends; a token of zeros has a range."""
+    product = int8.pack_activations(
+        library("int8"), torch.eye(16, dtype=torch.int8), torch.ones(16), torch.tensor([0.5])
+    )
+    x = torch.tensor([0.25, 0.75, -0.25, -1.25, 63.5, 64.0, -80.0, torch.inf]).repeat(1, 2)
+    codes = torch.tensor([0.0, 2, 0, -2, 127, 127, -127, 127]).repeat(1, 2)
+    assert torch.equal(product(x), codes * 0.5)
+    own_scale = int8.pack_activations(
+        library("int8"), torch.eye(16, dtype=torch.int8), torch.ones(16), None
+    )
+    x = torch.zeros(2, 16)
+    x[1, :3] = torch.tensor([1e-7, 5e-9, -3e-9])
+    steps = torch.tensor(1e-6) / 127
+    assert torch.equal(own_scale(x), (x / steps).round() * steps)
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.01])
+def test_int8_tokens_of_nan(library, input_scale: float | None) -> None:
+    given = None if input_scale is None else torch.tensor([input_scale])
+    product = int8.pack_activations(library("int8"), *int8_layer(20, 66).arrays, given)
+    x = random(4, 66, dtype=torch.bfloat16)
+    x[1, 65] = torch.nan
+    y = product(x)
+    assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+
+
+FUSED_LAYERS = {
+    "int8": (int8.pack_weights, int8_layer(96, 144)),
+    "int4": (int4.pack, groups_layer(96, 128, 64, torch.float16, has_zero=True)),
+}
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 19])
+@pytest.mark.parametrize("pack, layer", FUSED_LAYERS.values(), ids=FUSED_LAYERS)
+@DTYPES
+def test_products_with_what_is_around_them(
+    library, dtype: torch.dtype, pack, layer, tokens: int
+) -> None:
+    product, inputs = (
+        pack(library("int8" if pack is not int4.pack else "int4"), *layer.arrays),
+        layer.matrix.shape[1],
+    )
+    x, weight = random(tokens, inputs, dtype=dtype) * 3, random(inputs, dtype=dtype, seed=1)
+    residual = random(tokens, 48, dtype=dtype, seed=2)
+    y = product.fused(x, norm=(weight, 1e-5), is_gated=True, residual_TN=residual)
+    wide = x.double()
+    normed = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    gate, up = (normed @ layer.matrix.T).chunk(2, dim=1)
+    truth = gate / (1 + torch.exp(-gate)) * up + residual.double()
+    assert y.dtype == dtype and y.shape == truth.shape
+    if tokens:
+        assert_close(y, truth)
+        parts = [
+            product.fused(a, norm=(weight, 1e-5), is_gated=True, residual_TN=b)
+            for a, b in zip(x.split(3), residual.split(3), strict=True)
+        ]
+        assert torch.equal(torch.cat(parts), y), "depends on the batch"
+
+
+def test_gates_far_from_zero(library) -> None:
+    """silu by hand: 0 far below zero, the gate itself far above, NaN of NaN."""
+    codes = torch.zeros(32, 16, dtype=torch.int8)
+    codes[:16], codes[16:, 0] = torch.eye(16), 1
+    product = int8.pack_weights(library("int8"), codes, torch.ones(32))
+    for gate, silu in ((-1e4, 0.0), (-100.0, 0.0), (-1.0, -1 / (1 + math.e)), (1e4, 1e4)):
+        x = torch.zeros(1, 16)
+        x[0, :2] = torch.tensor([1.0, gate])
+        y = product.fused(x, is_gated=True)
+        assert y[0, 1].item() == pytest.approx(silu, rel=1e-5, abs=1e-30)
+    assert product.fused(x * torch.nan, is_gated=True).isnan().all()
+
+
+def test_norm_in_the_product_is_the_norm_before_it(library, monkeypatch) -> None:
+    """Bit by bit, so that an engine's codes do not depend on what is fused."""
+    libraries = {name: library(name) for name in ("int8", "rowwise")}
+    monkeypatch.setattr(rowwise.compiled, "load", libraries.get)
+    codes, scale = int8_layer(20, 256).arrays
+    product = int8.pack_activations(libraries["int8"], codes, scale, None)
+    for dtype in TOLERANCES:
+        x, weight = random(5, 256, dtype=dtype), random(256, dtype=dtype, seed=1)
+        y = product.fused(x, norm=(weight, 1e-5))
+        assert torch.equal(y, product(rowwise.rms_norm(x, weight, 1e-5)))
+
+
+def test_what_a_product_does_not_fuse(library) -> None:
+    product = int8.pack_weights(library("int8"), *int8_layer(40, 40).arrays)
+    x, weight = random(2, 40, dtype=torch.bfloat16), random(40, dtype=torch.bfloat16)
+    assert product.fused(x, norm=(weight, 1e-5)) is None
+    assert product.fused(x, is_gated=True) is None
+    assert product.fused(x, residual_TN=random(2, 40)) is None
+    assert torch.equal(product.fused(x), product(x))
 
 
 @pytest.mark.parametrize("outputs, inputs", [(64, 256), (37, 83), (3, 7), (5, 4096)])
@@ -213,6 +330,10 @@ def test_without_a_compiler_pytorch_computes(fresh: Path, monkeypatch: pytest.Mo
     product = cpu_int4.bind_groups(*layer.arrays)
     assert isinstance(product, cpu_int4.TorchInt4Groups)
     assert isinstance(cpu_int4.bind_rows(*int4_layer(32, 128).arrays), cpu_int4.TorchInt4Rows)
+    layer8 = int8_layer(32, 128)
+    assert isinstance(cpu_int8.bind_weights(*layer8.arrays), cpu_int8.TorchInt8Weights)
+    bound = cpu_int8.bind_activations(*layer8.arrays, None)
+    assert isinstance(bound, cpu_int8.TorchInt8Activations)
     for dtype in TOLERANCES:
         x, w = random(1, 128, dtype=dtype), random(32, 128, dtype=dtype, seed=1)
         assert_close(cpu.linear(x, w), x.double() @ w.double().T)

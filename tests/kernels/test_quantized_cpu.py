@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels import cpu_int4, cpu_integer, packing, quantized_cpu
+from engine.kernels import cpu_int4, cpu_int8, cpu_integer, packing, quantized_cpu
 from tests.kernels.helpers import DTYPES, assert_close, random
 from tests.kernels.quantized import (
     fp8_layer,
@@ -66,7 +66,7 @@ def test_digits_of_a_token(count: int, unit: float) -> None:
     x[1] *= 1e20
     x[2] *= 1e-20
     x[3, 0] = 1000
-    digits, step = quantized_cpu.split_digits(x, count)
+    digits, step = cpu_int8.split_digits(x, count)
     assert digits.shape == (count, 9, 65) and step.shape == (9, 1)
     assert torch.equal(digits, digits.round()) and digits.abs().max() == 127
     value = sum(digit.double() / 254**place for place, digit in enumerate(digits)) * step.double()
@@ -75,26 +75,52 @@ def test_digits_of_a_token(count: int, unit: float) -> None:
     assert ((value - x.double()).abs() <= limit).all()
 
 
+WEIGHTS = pytest.mark.parametrize("bind", [cpu_int8.bind_weights, cpu_int8.TorchInt8Weights])
+BIND_ACTIVATIONS = (cpu_int8.bind_activations, cpu_int8.TorchInt8Activations)
+
+
+@WEIGHTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_two_digits_are_finer_than_the_dtype(dtype: torch.dtype) -> None:
+def test_two_digits_are_finer_than_the_dtype(bind, dtype: torch.dtype) -> None:
     """Even where one value outweighs all others, the case in which fixed steps are coarsest."""
     codes, scale = int8_layer(256, 4096).arrays
     x = random(4, 4096, dtype=dtype)
     x[:, 7] = 1000
-    y = quantized_cpu.linear_int8(x.float(), codes, scale)
+    product = bind(codes, scale)
     truth = x.double() @ (codes.double() * scale.double()[:, None]).T
-    narrow = quantized_cpu.linear_int8(x, codes, scale)
-    error, unit = (narrow.double() - truth).norm(), truth.norm() * torch.finfo(dtype).eps
+    error, unit = (product(x).double() - truth).norm(), truth.norm() * torch.finfo(dtype).eps
     assert error < unit
-    assert (y.double() - truth).norm() < truth.norm() * 1e-6
+    assert (product(x.float()).double() - truth).norm() < truth.norm() * 1e-6
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+@DTYPES
+def test_int8_of_pytorch(dtype: torch.dtype, tokens: int) -> None:
+    layer, x = int8_layer(33, 70), random(tokens, 70, dtype=dtype)
+    y = cpu_int8.TorchInt8Weights(*layer.arrays)(x)
+    assert y.dtype == dtype and y.shape == (tokens, 33)
+    if tokens:
+        assert_close(y, x.double() @ layer.matrix.T)
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.02])
+@DTYPES
+def test_int8_activations_of_pytorch_and_of_the_own_kernel(
+    dtype: torch.dtype, input_scale: float | None
+) -> None:
+    given = None if input_scale is None else torch.tensor([input_scale])
+    x = random(13, 70, dtype=dtype)
+    first, second = (bind(*int8_layer(33, 70).arrays, given)(x) for bind in BIND_ACTIVATIONS)
+    assert_close(first, second.double())
 
 
 def test_nan_tokens_stay_nan() -> None:
-    codes, scale = int8_layer(8, 32).arrays
+    arrays = int8_layer(8, 32).arrays
     x = random(3, 32)
     x[1, 5] = torch.nan
-    for op, arrays in (("linear_int8", ()), ("linear_w8a8", (None,))):
-        y = getattr(quantized_cpu, op)(x, codes, scale, *arrays)
+    products = (cpu_int8.bind_weights(*arrays), cpu_int8.TorchInt8Weights(*arrays))
+    for product in (*products, *(bind(*arrays, None) for bind in BIND_ACTIVATIONS)):
+        y = product(x)
         assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 

@@ -12,18 +12,6 @@ namespace {
 
 constexpr int64_t kTile = 32;  // positions widened at a time, for all heads of a group
 
-// e^x for x <= 0, to 2 units in the last place; what would be subnormal is about 1e-38.
-inline Floats exponential(Floats x) {
-  x = x < -87.0f ? Floats{} - 87.0f : x;
-  const Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-  const Floats whole = __builtin_convertvector(power, Floats);
-  const Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Floats y = Floats{} + 1.0f / 720;
-  for (const float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    y = y * rest + coefficient;
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (power << 23));
-}
-
 template <typename T>
 struct Cache {
   const T* values;

@@ -3,15 +3,12 @@
 //
 // Widths are multiples of 16; sums are fp32, and each result is rounded as PyTorch's steps do.
 
-#include <cmath>
-
-#include "vectors.h"
+#include "norm.h"
 
 namespace {
 
 constexpr int64_t kFew = 8;  // tokens that are not worth waking other threads for
 
-// y[t] = round(x[t] / sqrt(mean(x[t]^2) + eps)) * weight
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps,
               int threads) {
@@ -19,17 +16,9 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t width, 
   for (int64_t t = 0; t < tokens; ++t) {
     const T* from = x + t * width;
     T* to = y + t * width;
-    Floats squares = {};
-    for (int64_t e = 0; e < width; e += kLanes) {
-      const Floats v = load_floats(from + e);
-      squares += v * v;
-    }
-    const float scale = 1.0f / std::sqrt(sum(squares) / width + eps);
-    for (int64_t e = 0; e < width; e += kLanes) {
-      T rounded[kLanes];
-      store_floats(rounded, load_floats(from + e) * scale);
-      store_floats(to + e, load_floats(rounded) * load_floats(weight + e));
-    }
+    const float factor = norm_factor(from, width, eps);
+    for (int64_t e = 0; e < width; e += kLanes)
+      store_floats(to + e, normed(from + e, weight + e, factor));
   }
 }
 

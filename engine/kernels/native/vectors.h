@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace {
 
@@ -70,6 +71,31 @@ inline void store_floats(Fp16* address, Floats v) {
   store_halves(address, rounded, bits >> 16 & 0x8000);
 }
 
+// The first `count` of 16 numbers, zeros for the rest.
+template <typename T>
+inline Floats load_some(const T* address, int64_t count) {
+  if (count >= kLanes) return load_floats(address);
+  T padded[kLanes] = {};
+  std::memcpy(padded, address, count * sizeof(T));
+  return load_floats(padded);
+}
+
+template <typename T>
+inline void store_some(T* address, Floats v, int64_t count) {
+  if (count >= kLanes) return store_floats(address, v);
+  T padded[kLanes];
+  store_floats(padded, v);
+  std::memcpy(address, padded, count * sizeof(T));
+}
+
+// As a store and a load would round it.
+template <typename T>
+inline Floats rounded(Floats v) {
+  T stored[kLanes];
+  store_floats(stored, v);
+  return load_floats(stored);
+}
+
 inline Ints load_ints(const uint8_t* address) {
   return __builtin_convertvector(load<Quarters>(address), Ints);
 }
@@ -85,6 +111,18 @@ inline float sum(Floats v) {
   std::memcpy(fours, &eight, sizeof(eight));
   const Four four = fours[0] + fours[1];
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0, to 2 units in the last place; what would be subnormal is about 1e-38.
+inline Floats exponential(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  const Floats whole = __builtin_convertvector(power, Floats);
+  const Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats y = Floats{} + 1.0f / 720;
+  for (const float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = y * rest + coefficient;
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (power << 23));
 }
 
 }  // namespace
