@@ -1,4 +1,5 @@
-"""Prompts through float8 layers: cuBLAS' products, and the kernels that scale, gate and add."""
+"""Prompts through layers of codes: cuBLAS' float8 products, the kernels that scale, gate and add
+after them, and tiles of int8."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels import triton_mode
 from tests.kernels.helpers import assert_close, random
-from tests.kernels.quantized import Layer, fp8_layer
+from tests.kernels.quantized import Layer, fp8_layer, int8_layer
 from tests.kernels.triton_mode import DEVICE
 
 triton_mode.prepare_interpreter()
@@ -18,8 +19,9 @@ triton_mode.prepare_interpreter()
 from engine.comm import Solo  # noqa: E402
 from engine.kernels.triton._quantize import Codes, quantize_gated  # noqa: E402
 from engine.kernels.triton._scale import scale_sums  # noqa: E402
-from engine.kernels.triton._tactics import FEW_TOKENS  # noqa: E402
+from engine.kernels.triton._tactics import FEW_TOKENS, TILES, Config  # noqa: E402
 from engine.kernels.triton.linear_fp8 import LinearFp8  # noqa: E402
+from engine.kernels.triton.linear_w8a8 import LinearW8A8  # noqa: E402
 from engine.layers.bound import BoundLinear  # noqa: E402
 from engine.layers.linear import Norm, Projection  # noqa: E402
 from engine.layers.mlp import MLP  # noqa: E402
@@ -158,3 +160,14 @@ def test_an_mlp_hands_codes_on(input_scale: float | None, monkeypatch: pytest.Mo
     assert (y.cpu().double() - truth).norm() <= 0.01 * truth.norm()
     assert len(handed) == 1 and isinstance(handed[0], Codes)
     assert mlp(h[:2].to(DEVICE)).shape == (2, 64)
+
+
+def test_tiles_in_groups_of_tokens_cover_all() -> None:
+    """Ten tiles of tokens and three of rows: a whole group and a part of one."""
+    layer, x = int8_layer(67, 64), random(150, 64, dtype=torch.float16)
+    product = LinearW8A8(*(array.to(DEVICE) for array in layer.arrays), None)
+    y = product.run(x.to(DEVICE), Config(TILES, rows=32, inputs=64, tokens=16))
+    step = x.float().abs().amax(1, keepdim=True) / 127
+    codes = (x.float() / step).round().double()
+    assert isinstance(y, Tensor)
+    assert_close(y, codes * step.double() @ layer.matrix.T)

@@ -28,10 +28,14 @@ COUNTERS = 2**16
 NIBBLE_ZERO = tl.constexpr(8)
 # Hopper adds float8 products with 14 bits; this many inputs at a time, then in fp32.
 FP8_SUM = tl.constexpr(128)
+# Tiles of tokens that neighbouring programs go through before the next rows of the weights.
+TOKEN_TILES = tl.constexpr(8)
 # One kernel serves all numbers of these.
 VARYING = ["tokens", "splits"]
-# Accumulators that a program's registers hold.
+# Accumulators that a program's registers hold beside an operand that is widened there, or second
+# ones that float8 products are added up in; and those alone.
 MAX_TILE = 128 * 128
+MAX_INT8_TILE = 128 * 256
 FOUR_WARPS_TILE = 64 * 64
 # Shared memory planned for where there is no GPU: Ampere's, of consumers.
 INTERPRETED_SHARED = 99 << 10
@@ -151,9 +155,15 @@ def _tiles(
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(2)
-    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    # Programs that run together share tiles of both operands, which stay in the second-level cache.
+    token_tile, row_tile = tl.swizzle2d(
+        tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), TOKEN_TILES
+    )
+    row = row_tile.to(tl.int64) * BN + tl.arange(0, BN)
+    token = token_tile * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -177,8 +187,6 @@ def _tiles(
         y, sums, up_sums, scale, x_scale, residual, partial, counters, row, token, outputs,
         tokens, y_stride, residual_stride, split, splits, scale is not None, TOKEN_SCALE, GATED,
     )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -210,6 +218,8 @@ def _tiles_nibbles(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """`width` and HALF: bytes of a row and of a nibble block. BK divides a group, and K."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(2)
     token = tl.program_id(1) * BT + tl.arange(0, BT)
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -243,8 +253,6 @@ def _tiles_nibbles(
         y, sums, up_sums, scale, None, residual, partial, counters, row, token, outputs,
         tokens, y_stride, residual_stride, split, splits, not GROUPS, False, GATED,
     )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def multiply_tiles(
@@ -304,12 +312,14 @@ def fit(
     """`config` within what weights and GPU allow: an iteration of nibbles is of one group, and
     the stages of the pipeline fit shared memory."""
     rows, inputs, warps = config.rows, config.inputs, config.warps
-    if is_gated and rows * config.tokens * 2 > MAX_TILE:
+    is_widened = weights.codes.element_size() < x_bytes
+    most = MAX_INT8_TILE if weights.codes.dtype == torch.int8 and not is_widened else MAX_TILE
+    if is_gated and rows * config.tokens * 2 > most:
         rows //= 2
     if is_gated and rows * config.tokens > FOUR_WARPS_TILE // 2:
         # Two accumulators, and beside them an operand that is widened in registers.
         warps = max(warps, 8)
-        inputs = min(inputs, 64) if weights.codes.element_size() < x_bytes else inputs
+        inputs = min(inputs, 64) if is_widened else inputs
     if weights.block:
         whole = weights.group or weights.inputs
         inputs = next(size for size in (256, 128, 64, 32) if size <= inputs and whole % size == 0)

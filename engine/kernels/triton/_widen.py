@@ -28,6 +28,7 @@ NIBBLE_ZERO = tl.constexpr(8)
 @triton.jit
 def _widen(wide, codes, scale, inputs, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -35,8 +36,6 @@ def _widen(wide, codes, scale, inputs, BLOCK: tl.constexpr, PDL: tl.constexpr):
     code = tl.load(codes + row * inputs + column, mask=inside, other=0)  # [BLOCK]
     value = decode(code, tl.float32, False) * tl.load(scale + row)
     tl.store(wide + row * inputs + column, value.to(wide.dtype.element_ty), mask=inside)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -46,6 +45,7 @@ def _widen_nibbles(
 ):  # fmt: skip
     """BLOCK codes, of BLOCK / 2 bytes, a program."""
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     byte = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
@@ -61,8 +61,6 @@ def _widen_nibbles(
     out = wide + row * inputs + column
     tl.store(out, (((code & 15) - shift).to(tl.float32) * factor).to(dtype), mask=inside)
     tl.store(out + HALF, (((code >> 4) - shift).to(tl.float32) * factor).to(dtype), mask=inside)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def multiply_widened(x_TK: Tensor, weights: Weights) -> Tensor:

@@ -13,6 +13,8 @@ from engine.kernels.triton._norm import normalise, row_block
 
 @triton.jit
 def _rms_norm(y, x, weight, width, x_stride, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -22,8 +24,6 @@ def _rms_norm(y, x, weight, width, x_stride, eps, BLOCK: tl.constexpr, PDL: tl.c
     values = tl.load(x + row * x_stride + column, mask=inside, other=0.0)  # [BLOCK]
     result = normalise(values.to(tl.float32), w, width, eps, y.dtype.element_ty)
     tl.store(y + row * width + column, result, mask=inside)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:

@@ -16,6 +16,7 @@ WARPS = 4
 @triton.jit
 def _silu_mul(y, gate_up, width, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -26,8 +27,6 @@ def _silu_mul(y, gate_up, width, row_stride, BLOCK: tl.constexpr, PDL: tl.conste
     # silu is rounded to the dtype before the product, as by two operations in a row.
     activated = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
     tl.store(y + row * width + column, (activated * up.to(tl.float32)).to(dtype), mask=inside)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def silu_mul(gate_up_TF2: Tensor) -> Tensor:
