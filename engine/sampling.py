@@ -37,9 +37,6 @@ from engine.penalties import (
 )
 from engine.transfer import longs, to_device
 
-# Integers up to 2**53 are exact in float64, in which a uniform number meets the total weight.
-EXACT_BITS = 52
-
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -255,24 +252,6 @@ class Warper(nn.Module):
         return scores_BV.masked_fill(scores_BV < floor_B1, BANNED)
 
 
-def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Tokens int64 [B] drawn from softmax(scores): the inverse, at `uniform_B` (float64 in [0, 1)),
-    of the distribution function in vocabulary order.
-
-    Weights are fixed-point integers, so their running sum is exact on every device and a token of
-    weight 0 is never drawn. Tokens less probable than the best by 2**-(52 - log2 V) get weight 0.
-    """
-    vocab_size = scores_BV.shape[1]
-    scale = 2.0 ** (EXACT_BITS - (vocab_size - 1).bit_length())
-    best_B1 = scores_BV.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores_BV.dtype).min)
-    weights_BV = (scores_BV - best_B1).exp_().mul_(scale).to(torch.int64)
-    sums_BV = weights_BV.cumsum(-1)
-    target_B1 = (uniform_B[:, None] * sums_BV[:, -1:]).to(torch.int64)
-    tokens_B1 = torch.searchsorted(sums_BV, target_B1, right=True)
-    # Only a row with every token banned runs past the end.
-    return tokens_B1.clamp_(max=vocab_size - 1).squeeze(1)
-
-
 def make_uniforms(params: Sequence[SamplingParams], device: Device) -> Tensor:
     """Random numbers float64 [B, N] in [0, 1), one per request and step, from each request's seed.
 
@@ -364,7 +343,7 @@ class Sampler(DeviceState):
         if not self.has_sampled:
             return ops.argmax(scores_BV)
         uniform_B = self.uniforms_BN.gather(1, self.history.num_new()[:, None]).squeeze(1)
-        drawn_B = draw(scores_BV, uniform_B)
+        drawn_B = ops.draw(scores_BV, uniform_B)
         if not self.has_greedy:
             return drawn_B
         return torch.where(self.greedy_B, ops.argmax(scores_BV), drawn_B)

@@ -175,6 +175,20 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     return select("attention", q_THD.device)(q_THD, layer, batch)
 
 
+def rope_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    batch: Attending,
+) -> Tensor:
+    """`rope_write_kv` of this step's keys and values, then `attention` of the rotated q."""
+    run = select("rope_attention", q_THD.device)
+    return run(q_THD, k_TGD, v_TGD, cos_TC, sin_TC, layer, batch)
+
+
 def rotary_angles(positions_T: Tensor, inverse_C: Tensor, gain: float) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [T, D/2] each, of position · inverse frequency in fp32, times `gain`.
 
@@ -187,6 +201,16 @@ def argmax(logits_BV: Tensor) -> Tensor:
     """tokens int64 [B]: each row's greatest logit, of equal ones the lowest id. NaN is greater
     than any number, as in torch."""
     return select("argmax", logits_BV.device)(logits_BV)
+
+
+def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Tokens int64 [B] drawn from softmax(scores), fp32: the inverse, at `uniform_B` (float64 in
+    [0, 1)), of the distribution function in vocabulary order.
+
+    Weights are fixed-point integers, so their running sum is exact on every device and a token of
+    weight 0 is never drawn. Tokens less probable than the best by 2**-(52 - log2 V) get weight 0.
+    """
+    return select("draw", scores_BV.device)(scores_BV, uniform_B)
 
 
 def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:

@@ -16,6 +16,8 @@ from engine.kernels.rows import FinishReason, RowState, append, find_reasons
 
 # Attention takes this many tokens at a time, so that a long prompt's scores fit in memory.
 MAX_QUERIES = 256
+# Integers up to 2**53 are exact in float64, in which a uniform number meets the total weight.
+EXACT_BITS = 52
 
 
 def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
@@ -131,6 +133,19 @@ def rope_write_kv(
     return q_THD
 
 
+def rope_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    batch: Attending,
+) -> Tensor:
+    q_THD = rope_write_kv(q_THD, k_TGD, v_TGD, cos_TC, sin_TC, layer, batch.slots_T)
+    return attention(q_THD, layer, batch)
+
+
 def rotary_angles(positions_T: Tensor, inverse_C: Tensor, gain: float) -> tuple[Tensor, Tensor]:
     angles_TC = positions_T[:, None].float() * inverse_C
     return angles_TC.cos() * gain, angles_TC.sin() * gain
@@ -139,6 +154,22 @@ def rotary_angles(positions_T: Tensor, inverse_C: Tensor, gain: float) -> tuple[
 def argmax(logits_BV: Tensor) -> Tensor:
     # On a CPU torch takes four times as long for 16-bit numbers.
     return logits_BV.float().argmax(-1)
+
+
+def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    vocab_size = scores_BV.shape[1]
+    best_B1 = scores_BV.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores_BV.dtype).min)
+    weights_BV = (scores_BV - best_B1).exp_().mul_(largest_weight(vocab_size)).to(torch.int64)
+    sums_BV = weights_BV.cumsum(-1)
+    target_B1 = (uniform_B[:, None] * sums_BV[:, -1:]).to(torch.int64)
+    tokens_B1 = torch.searchsorted(sums_BV, target_B1, right=True)
+    # Only a row with every token banned runs past the end.
+    return tokens_B1.clamp_(max=vocab_size - 1).squeeze(1)
+
+
+def largest_weight(vocab_size: int) -> float:
+    """What the best token weighs in `draw`: V of them are exact in float64."""
+    return 2.0 ** (EXACT_BITS - (vocab_size - 1).bit_length())
 
 
 def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:

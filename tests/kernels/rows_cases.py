@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from engine.kernels.rows import RowState
-from engine.kernels.triton import argmax, place_tokens, rotary_angles, take_tokens
+from engine.kernels.triton import (
+    _vocabulary,
+    argmax,
+    draw,
+    place_tokens,
+    rotary_angles,
+    take_tokens,
+)
 from tests.kernels.rowwise_cases import case
 from tests.kernels.triton_compile import compile_case
 
@@ -12,7 +19,8 @@ LONGS = dict.fromkeys(RowState._fields, "*i64") | {"chosen": "*i64"}
 PLACES = {"positions": "*i64", "kv_lens": "*i32", "slots": "*i64", "ends": "*i64", "table": "*i32"}
 NUMBERS = {"rows": "i32", "first": "i32", "block_tokens": "i32", "table_stride": "i32"}
 LOGITS = {"vocab": "i32", "row_stride": "i32", "part_tiles": "i32"}
-FOUND = {"tokens": "*i64", "partial": "*i64", "arrivals": "*i32"}
+FOUND = {"tokens": "*i64", "found": "*i64", "arrivals": "*i32"}
+TILE, WARPS = _vocabulary.TILE, {"num_warps": _vocabulary.WARPS}
 
 CASES = [
     case(
@@ -21,13 +29,13 @@ CASES = [
         {"HALF": 64, "BLOCK": rotary_angles.BLOCK}, {"num_warps": rotary_angles.WARPS},
         {"cos": "*fp32", "sin": "*fp32", "positions": "*i64", "inverse": "*fp32"}, True,
     ),
+    case(argmax._argmax, "logits", LOGITS, {"TILE": TILE, "PARTS": 64}, WARPS, FOUND, True),
     case(
-        argmax._argmax, "logits", LOGITS, {"TILE": argmax.TILE, "PARTS": 64},
-        {"num_warps": argmax.WARPS}, FOUND, True,
+        argmax._argmax, "", LOGITS, {"TILE": TILE, "PARTS": 1}, WARPS, FOUND | {"logits": "*fp32"}
     ),
     case(
-        argmax._argmax, "", LOGITS, {"TILE": argmax.TILE, "PARTS": 1},
-        {"num_warps": argmax.WARPS}, FOUND | {"logits": "*fp32"},
+        draw._draw, "", LOGITS | {"largest": "fp32"}, {"TILE": TILE, "PARTS": 64}, WARPS,
+        FOUND | {"scores": "*fp32", "best_ids": "*i64", "uniform": "*fp64"}, True,
     ),
     case(
         take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.BLOCK, "END_IDS": 1},

@@ -18,13 +18,16 @@ from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
 
 prepare_interpreter()
 
-from engine.kernels.triton.argmax import TILE, argmax  # noqa: E402
+from engine.kernels.triton._vocabulary import TILE  # noqa: E402
+from engine.kernels.triton.argmax import argmax  # noqa: E402
+from engine.kernels.triton.draw import draw  # noqa: E402
 from engine.kernels.triton.place_tokens import place_tokens  # noqa: E402
 from engine.kernels.triton.rotary_angles import rotary_angles  # noqa: E402
 from engine.kernels.triton.take_tokens import BLOCK, take_tokens  # noqa: E402
 
 TRITON = {
-    function.__name__: function for function in (argmax, place_tokens, rotary_angles, take_tokens)
+    function.__name__: function
+    for function in (argmax, draw, place_tokens, rotary_angles, take_tokens)
 }
 EMPTY = 999
 BLOCK_TOKENS = 5
@@ -67,6 +70,30 @@ def test_argmax_of_equal_zero_infinite_and_no_numbers(run: Callable, dtype: torc
     for row, values in enumerate(rows.values()):
         logits[row, list(values)] = tensor(list(values.values())).to(dtype)
     assert run(logits).tolist() == list(rows)
+
+
+@both("draw")
+@pytest.mark.parametrize("rows, vocab", [(1, 1), (2, 9 * TILE + 5), (40, 77)])
+def test_a_draw_inverts_the_distribution_function(run: Callable, rows: int, vocab: int):
+    """At numbers in the middle of a token's share, for tokens here and there."""
+    scores = 3 * random(rows, vocab, device=DEVICE)
+    scores[:, 1::3] = -math.inf
+    sums = torch.softmax(scores.double(), -1).cumsum(-1)
+    tokens = [3 * (row * 7919 % -(-vocab // 3)) for row in range(rows)]
+    before = [sums[row, token - 1].item() if token else 0.0 for row, token in enumerate(tokens)]
+    shares = torch.softmax(scores.double(), -1)[range(rows), tokens]
+    uniform = tensor(before).double() + shares / 2
+    assert run(scores, uniform).tolist() == tokens
+
+
+@both("draw")
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_draw_takes_no_banned_token_unless_all_are(run: Callable, uniform: float):
+    scores = torch.full((3, 3 * TILE), -math.inf, device=DEVICE)
+    scores[0, 2 * TILE] = -1e38
+    scores[1, [TILE - 1, TILE]] = 0.0
+    drawn = run(scores, torch.full((3,), uniform, dtype=torch.float64, device=DEVICE)).tolist()
+    assert drawn == [2 * TILE, TILE - (uniform < 0.5), 3 * TILE - 1]
 
 
 @both("rotary_angles")
@@ -157,24 +184,26 @@ VOCAB = 23
 
 
 def random_requests(seed: int) -> tuple[list[SamplingParams], list[list[int]]]:
-    """Greedy rows that stop at different steps: few tokens, so that end ids and words come."""
+    """Rows that stop at different steps: few tokens, so that end ids and words come."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int, count: int) -> list[int]:
+    def some(high: int, count: int) -> list[int]:
         return torch.randint(high, (count,), generator=generator).tolist()
 
     params, prompts = [], []
     for row in range(7):
-        [most, ends, words, length] = draw(4, 4)
+        [most, ends, words, length] = some(4, 4)
         params.append(
             SamplingParams(
                 max_new_tokens=2 + 4 * most,
-                end_ids=tuple(draw(VOCAB, ends)),
+                end_ids=tuple(some(VOCAB, ends)),
                 pad_id=row,
-                stop_words=(tuple(draw(VOCAB, 2)), (row,)) if words == seed else (),
+                top_k=5 if row < seed else 1,
+                random_seed=row,
+                stop_words=(tuple(some(VOCAB, 2)), (row,)) if words == seed else (),
             )
         )
-        prompts.append(draw(VOCAB, 1 + length))
+        prompts.append(some(VOCAB, 1 + length))
     return params, prompts
 
 
@@ -192,7 +221,7 @@ def test_triton_leaves_the_buffers_of_the_reference(seed: int, monkeypatch: pyte
     for step in range(17):
         logits = random(7, VOCAB, dtype=torch.bfloat16, device=DEVICE, seed=100 * seed + step)
         for sampler, functions in ((ours, TRITON), (truth, vars(reference))):
-            for op in ("argmax", "take_tokens"):
+            for op in ("argmax", "draw", "take_tokens"):
                 monkeypatch.setattr(api, op, functions[op])
             sampler.step(logits)
         state = truth.state_dict()
@@ -210,7 +239,7 @@ def test_triton_leaves_the_buffers_of_the_reference(seed: int, monkeypatch: pyte
 def test_kernels_compile_without_spills() -> None:
     lines = run_compiled("tests.kernels.triton_compile", "tests.kernels.rows_cases", "90")
     found = lines.splitlines()
-    assert len(found) == 6 and all(" 0 bytes spilled" in line for line in found), found
+    assert len(found) == 7 and all(" 0 bytes spilled" in line for line in found), found
 
 
 def test_large_angles_are_reduced_exactly() -> None:
