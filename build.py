@@ -69,6 +69,14 @@ def _add_source_flags(parser: Parser) -> None:
         "(default: %(default)s)",
     )
     group.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="ARCH",
+        help="GPU architectures such as sm_90 (Hopper) to compile the kernels for, so that the "
+        "first run there has less to compile; needs Triton and no GPU",
+    )
+    group.add_argument(
         "--export_checkpoint",
         metavar="DIR",
         help="write TensorRT-LLM's unified checkpoint for trtllm-build and stop; needs no library",

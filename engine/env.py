@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,12 @@ def rank() -> int:
 def set_mpi_defaults() -> None:
     """Settings that make Open MPI faster; those the user made win. Call it before MPI starts."""
     os.environ.setdefault("OMPI_MCA_btl_sm_eager_limit", str(EAGER_BYTES))
+
+
+def leave_interpreter() -> None:
+    """Let Triton compile in this process, which has not imported it yet."""
+    assert "triton" not in sys.modules
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def hub_offline() -> bool:

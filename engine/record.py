@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Names
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.config import ModelConfig
 from engine.engine_file import SCHEMA_VERSION, FileRecord
@@ -16,6 +16,22 @@ from engine.quant import INT8_KV, Algorithm, KVStorage, QuantConfig
 DUMMY_NOTE = (
     "this engine has DUMMY (random) weights: it was built without a checkpoint, its output is noise"
 )
+
+
+class Kernels(NamedTuple):
+    """A file of kernels that were compiled at build, for which GPU architectures, and by which
+    version of Triton: another one compiles its own."""
+
+    file: FileRecord
+    targets: tuple[str, ...]
+    triton: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "file": self.file._asdict()}
+
+    @classmethod
+    def from_dict(cls, values: Names[str, Any]) -> Kernels:
+        return cls(FileRecord(**values["file"]), tuple(values["targets"]), values["triton"])
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class EngineRecord:
     source: str = ""
     is_dummy: bool = False
     files: tuple[FileRecord, ...] = ()
+    kernels: Kernels | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,6 +78,7 @@ class EngineRecord:
             "source": self.source,
             "is_dummy": self.is_dummy,
             "files": [file._asdict() for file in self.files],
+            **({"kernels": self.kernels.to_dict()} if self.kernels else {}),
         }
 
     @classmethod
@@ -80,6 +98,7 @@ class EngineRecord:
                 source=values["source"],
                 is_dummy=values["is_dummy"],
                 files=tuple(FileRecord(**file) for file in values["files"]),
+                kernels=Kernels.from_dict(found) if (found := values.get("kernels")) else None,
             )
             if len(record.files) != record.mapping.world:
                 raise ValueError(f"{len(record.files)} files, {record.mapping.world} ranks")

@@ -164,14 +164,8 @@ class Session:
         generation_logits: bool,
     ) -> StaticBatch:
         needed = [len(prompt) + p.max_new_tokens for prompt, p in zip(prompts, params, strict=True)]
-        cache, tables = self._cache_for(len(prompts) * params[0].num_beams, max(needed))
+        cache, packer = self.open_cache(len(prompts) * params[0].num_beams, max(needed))
         vocab_size = self.info.config.vocab_size
-        packer = Packer(
-            tables,
-            scale=self.info.config.head_dim**-0.5,
-            window=self._window,
-            device=self._network.device,
-        )
         options = {
             "network": self._network,
             "cache": cache,
@@ -194,6 +188,12 @@ class Session:
             generation_logits=generation_logits,
             **options,
         )
+
+    def open_cache(self, rows: int, length: int) -> tuple[KVCache, Packer]:
+        """A cache for `rows` sequences of `length` positions, and what packs steps for it."""
+        cache, tables = self._cache_for(rows, length)
+        scale, device = self.info.config.head_dim**-0.5, self._network.device
+        return cache, Packer(tables, scale=scale, window=self._window, device=device)
 
     def _can_capture(self) -> bool:
         """Whether decode steps can be CUDA graphs: kernels and collectives that wait for nothing,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends import get_backend
+from engine.backends.ahead import check_targets
 from engine.backends.base import BuildPlan, BuildReport
 from engine.checkpoint.base import Checkpoint
 from engine.checkpoint.open import Paths
@@ -87,6 +88,7 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
     for flag, what in LATER.items():
         if flags[flag] != defaults[flag]:
             raise UserError(f"--{flag}: {what} is not available in this version; leave it out")
+    targets = _targets(flags)
     if flags["export_checkpoint"] is None:
         get_backend(flags["backend"])
         _check_output(Path(flags["output_dir"]))
@@ -128,6 +130,7 @@ def plan_build(flags: Names[str, Any], defaults: Names[str, Any]) -> BuildPlan:
         ignored=without_effect(flags, defaults) if flags["backend"] == "torch" else (),
         companions=_companions(source),
         timing_cache=_timing_cache(flags, defaults),
+        targets=targets,
         warnings=notes,
     )
 
@@ -251,6 +254,18 @@ def _scaled(rope: Rope, kind: str, factor: str, max_positions: int) -> Rope:
             "number above 1, for example --rotary_scaling dynamic 2.0"
         )
     return Rope(rope.theta, kind, factor=value, original_max_positions=max_positions)
+
+
+def _targets(flags: Names[str, Any]) -> tuple[str, ...]:
+    """The GPU architectures to compile kernels for."""
+    names = tuple(dict.fromkeys(flags["target"]))
+    if names and (flags["backend"] != "torch" or flags["export_checkpoint"] is not None):
+        raise UserError(
+            f"--target {' '.join(names)} compiles kernels of the torch backend's engines, and none "
+            "is built; leave it out"
+        )
+    check_targets(names)
+    return names
 
 
 def _timing_cache(flags: Names[str, Any], defaults: Names[str, Any]) -> Path | None:

@@ -22,8 +22,8 @@ class BuildPlan:
     `open_checkpoint` is called in every process that reads weights, so it is picklable;
     `switches` are build.py's TensorRT flags for plugin_config and `ignored` says which of them have
     no effect; `companions` are small files (the tokenizer's) that go into the directory unchanged;
-    `timing_cache` is a model.cache to take along, if it is there; `warnings` are what the user
-    should know before the work.
+    `timing_cache` is a model.cache to take along, if it is there; `targets` are the GPU
+    architectures to compile kernels for; `warnings` are what the user should know before the work.
     """
 
     record: EngineRecord
@@ -34,6 +34,7 @@ class BuildPlan:
     ignored: tuple[str, ...] = ()
     companions: tuple[Path, ...] = ()
     timing_cache: Path | None = None
+    targets: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 

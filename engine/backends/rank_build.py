@@ -101,7 +101,7 @@ def build_in_processes(
                 receiver, sender = context.Pipe(duplex=False)
                 arguments = (sender, plan, record, waiting.pop(0), staging)
                 process = context.Process(target=_build_one, args=arguments, daemon=True)
-                _start_uninterrupted(process)
+                start_uninterrupted(process)
                 sender.close()
                 running[receiver] = process
             for connection in wait(list(running), timeout=POLL_SECONDS):
@@ -114,7 +114,7 @@ def build_in_processes(
     return sorted(results)
 
 
-def _start_uninterrupted(process: multiprocessing.process.BaseProcess) -> None:
+def start_uninterrupted(process: multiprocessing.process.BaseProcess) -> None:
     """Start a process that Ctrl-C does not reach, not even while it imports.
 
     The parent answers Ctrl-C for all and terminates its children.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine import comm
+from engine.backends.ahead import KERNELS_NAME, compile_kernels, use_kernels
 from engine.backends.base import BuildPlan, BuildReport
 from engine.backends.rank_build import build_in_processes, store_plan, write_ranks
 from engine.engine_file import EngineWriter, map_tensors, verify_file
@@ -51,9 +52,15 @@ class TorchBackend:
                         lambda done: progress(done, total),
                     )
             record = replace(record, files=tuple(result.file for result in results))
-            if plan.timing_cache is not None and (known := read_cache(plan.timing_cache)):
+            known = read_cache(plan.timing_cache) if plan.timing_cache is not None else {}
+            if known:
                 write_cache(writer.staging / CACHE_NAME, known)
+            if plan.targets:
+                kernels = compile_kernels(record, writer.staging, plan.targets, known)
+                record = replace(record, kernels=kernels)
             writer.commit(_config_json(plan, record), plan.companions)
+            if not plan.targets:
+                (plan.output_dir / KERNELS_NAME).unlink(missing_ok=True)
         return BuildReport(
             record=record,
             seconds=time.monotonic() - started,
@@ -91,6 +98,8 @@ class TorchBackend:
         parallel = world.split(mapping.tp, mapping.pp, chosen)
         network = Yi(record.config, record.quant, mapping, record.embedding_dim, tensors, parallel)
         if chosen.type == "cuda":
+            if record.kernels is not None:
+                use_kernels(engine_dir, record.kernels)
             load_tactics(engine_dir, chosen)
             if tuning:
                 rows = record.limits.max_batch_size

@@ -92,6 +92,7 @@ OWN_FLAGS = {
     "export_checkpoint",
     "help",
     "quantize_lm_head",
+    "target",
     "trust_remote_code",
 }
 
@@ -136,6 +137,12 @@ PLANNED = [
     ("--pp_size 4", "--pp_size 4 exceeds the model's 3 layers"),
     ("--tp_size 0", "'0' is not a whole number of at least 1"),
     ("--tp_size two", "'two' is not a whole number of at least 1"),
+    (
+        "--target sm_90 gtx_1080",
+        "--target gtx_1080 is no GPU architecture that kernels are written for; choose from "
+        "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120",
+    ),
+    ("--target sm_90 --export_checkpoint elsewhere", "--target sm_90 compiles kernels of the"),
     ("--meta_ckpt_dir elsewhere", "both given"),
     ("--use_weight_only --use_smooth_quant", "cannot be combined"),
     ("--use_weight_only --enable_fp8", "cannot be combined"),
