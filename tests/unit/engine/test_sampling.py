@@ -254,6 +254,21 @@ def test_results_do_not_depend_on_the_batch():
     assert len({tuple(row) for row in together}) > len(params) // 2
 
 
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_logits_of_16_bits_give_what_their_fp32_copies_give(log_probs):
+    params, prompts = make_mixed_batch()
+    params = [dataclasses.replace(p, log_probs=log_probs) for p in params]
+    narrow_SBV = random_logits(12, seed=10)[:, None].expand(-1, len(params), -1).bfloat16()
+    assert run(params, prompts, narrow_SBV) == run(params, prompts, narrow_SBV.float())
+    greedy = [make_params(log_probs=log_probs)] * 2
+    steps = [
+        Sampler(greedy, [[1], [2]], VOCAB, "cpu").step(logits_BV[:2])
+        for logits_BV in (narrow_SBV[0], narrow_SBV[0].float())
+    ]
+    for narrow, wide in zip(*steps, strict=True):
+        assert narrow is wide is None or torch.equal(narrow, wide)
+
+
 def test_seeds_give_different_and_repeatable_streams():
     params = [make_params(top_k=0, temperature=5.0, random_seed=seed) for seed in (0, 1, 2**31, 0)]
     logits_SBV = random_logits(16, seed=6)[:, None].expand(-1, 4, -1)
