@@ -227,13 +227,29 @@ def test_fused(
 
 
 def test_fused_declines_what_a_library_computes() -> None:
-    product = bound("linear", dense_layer(16, 64, torch.float16))
+    product = bound("linear_int8", int8_layer(16, 64))
     x = random(2, 64, dtype=torch.float16, device=DEVICE)
-    _tactics.record("linear", 2, 16, 64, Config(LIBRARY))
-    try:
-        assert product.fused(x, residual_TN=x[:, :16]) is None
-    finally:
-        _tactics._table.clear()
+    assert product.run(x, Config(LIBRARY), residual_TN=x[:, :16]) is None
+
+
+@DTYPES
+@FUSED
+def test_fused_around_a_library(
+    dtype: torch.dtype, has_norm: bool, is_gated: bool, has_residual: bool
+) -> None:
+    layer, x = dense_layer(36, 64, dtype), random(3, 64, dtype=dtype)
+    weight = random(64, dtype=dtype, seed=7) if has_norm else None
+    residual = random(3, 18 if is_gated else 36, dtype=dtype, seed=8) if has_residual else None
+    truth = gate_truth(norm_truth(x, weight) @ layer.matrix.T, is_gated, residual)
+    y = bound("linear", layer).run(
+        x.to(DEVICE),
+        Config(LIBRARY),
+        None if weight is None else (weight.to(DEVICE), EPS),
+        is_gated,
+        None if residual is None else residual.to(DEVICE),
+    )
+    assert y.dtype == dtype
+    assert_close(y, truth)
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_int8", "linear_w8a8"])
