@@ -23,6 +23,11 @@ class SmoothInt8(BoundLinear):
             bind("linear_w8a8", arrays["codes"], arrays["scale"], arrays.get("input_scale"))
         )
         self._smoother_K = arrays.get("smoother")
+        divide_by = getattr(self._product, "divide_by", None)
+        if divide_by is not None and self._smoother_K is not None:
+            # The product divides in the pass that rounds tokens to codes.
+            divide_by(self._smoother_K)
+            self._smoother_K = None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         if self._smoother_K is None:

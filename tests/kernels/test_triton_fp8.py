@@ -1,5 +1,5 @@
 """Prompts through layers of codes: cuBLAS' float8 products, the kernels that scale, gate and add
-after them, and tiles of int8."""
+after them, and int8 ones."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from engine.kernels.triton._scale import scale_sums  # noqa: E402
 from engine.kernels.triton._tactics import FEW_TOKENS, TILES, Config  # noqa: E402
 from engine.kernels.triton.linear_fp8 import LinearFp8  # noqa: E402
 from engine.kernels.triton.linear_w8a8 import LinearW8A8  # noqa: E402
+from engine.layers import smooth  # noqa: E402
 from engine.layers.bound import BoundLinear  # noqa: E402
 from engine.layers.linear import Norm, Projection  # noqa: E402
 from engine.layers.mlp import MLP  # noqa: E402
@@ -171,3 +172,25 @@ def test_tiles_in_groups_of_tokens_cover_all() -> None:
     codes = (x.float() / step).round().double()
     assert isinstance(y, Tensor)
     assert_close(y, codes * step.double() @ layer.matrix.T)
+
+
+@SCALES
+def test_the_smoother_divides_before_tokens_are_rounded(
+    input_scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = int8_layer(40, 64), random(3, 64, dtype=torch.bfloat16)
+    smoother, residual = random(64, seed=6).abs() + 0.5, random(3, 40, dtype=x.dtype, seed=7)
+    monkeypatch.setattr(smooth, "bind", lambda op, *arrays: LinearW8A8(*arrays))
+    codes, scale = layer.arrays
+    arrays = {"codes": codes, "scale": scale, "smoother": smoother}
+    if input_scale is not None:
+        arrays["input_scale"] = torch.tensor([input_scale])
+    linear = smooth.SmoothInt8({name: array.to(DEVICE) for name, array in arrays.items()})
+    wide = x.float() / smoother
+    step = wide.abs().amax(1, keepdim=True) / 127 if input_scale is None else input_scale
+    truth = ((wide / step).round().clamp(-127, 127) * step).double() @ layer.matrix.T
+    assert_close(linear(x.to(DEVICE)), truth)
+    assert linear.fused is not None
+    y = linear.fused(x.to(DEVICE), residual_TN=residual.to(DEVICE))
+    assert y is not None
+    assert_close(y, truth + residual.double())

@@ -18,6 +18,11 @@ class CodesProduct(Product):
     def __init__(self, weights: Weights, input_scale: Tensor | None):
         super().__init__(weights)
         self.input_scale = input_scale
+        self._divisor_K: Tensor | None = None
+
+    def divide_by(self, divisor_K: Tensor) -> None:
+        """Multiply x / divisor (fp32 [K]) from now on."""
+        self._divisor_K = divisor_K
 
     def fused(
         self,
@@ -40,7 +45,10 @@ class CodesProduct(Product):
         is_gated: bool = False,
         residual_TN: Tensor | None = None,
     ) -> Tensor | Codes | None:
-        x = quantize(x_TK, self.weights.codes.dtype, given=self.input_scale, norm=norm)
+        x = quantize(
+            x_TK, self.weights.codes.dtype,
+            given=self.input_scale, norm=norm, divisor_K=self._divisor_K,
+        )  # fmt: skip
         return self.multiply(x, config, is_gated, residual_TN)
 
     def multiply(

@@ -54,7 +54,7 @@ def _store_codes(codes, wide, scale, row, column, width, FLOAT8: tl.constexpr):
 
 @triton.jit
 def _quantize(
-    codes, scales, x, norm, given, width, x_stride, code_range, eps,
+    codes, scales, x, norm, divisor, given, width, x_stride, code_range, eps,
     FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -70,6 +70,8 @@ def _quantize(
     wide = value.to(tl.float32)
     if norm is not None:
         wide = normalise(wide, weight, width, eps, x.dtype.element_ty).to(tl.float32)
+    if divisor is not None:
+        wide = tl.div_rn(wide, tl.load(divisor + column, mask=inside, other=1.0))
     scale = _find_scale(scales, tl.abs(wide), given, row, code_range)
     _store_codes(codes, wide, scale, row, column, width, FLOAT8)
 
@@ -115,8 +117,10 @@ def quantize(
     *,
     given: Tensor | None,
     norm: tuple[Tensor, float] | None = None,
+    divisor_K: Tensor | None = None,
 ) -> Codes:
-    """Codes of `dtype` by the scale `given` fp32 [1], or by one per token."""
+    """Codes of `dtype` by the scale `given` fp32 [1], or by one per token; of x / divisor (fp32),
+    which is rounded to nothing else, where there is one."""
     tokens, width = x_TK.shape
     device = x_TK.device
     assert x_TK.stride(1) == 1
@@ -125,8 +129,8 @@ def quantize(
     if tokens:
         block, warps = row_block(width)
         _quantize[(tokens,)](
-            bits_of(result.codes_TK), result.scale, x_TK, norm_K, given, width, x_TK.stride(0),
-            CODE_RANGE[dtype], eps,
+            bits_of(result.codes_TK), result.scale, x_TK, norm_K, divisor_K, given, width,
+            x_TK.stride(0), CODE_RANGE[dtype], eps,
             FLOAT8=has_float8(device), BLOCK=block, num_warps=warps, **launch_options(device),
         )  # fmt: skip
     return result
