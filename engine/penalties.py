@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from engine.errors import RequestError
 from engine.kernels import rows
+from engine.kernels.rows import ANY_TOKEN, match_words
 from engine.transfer import longs, to_device
 
 if TYPE_CHECKING:
     from engine.sampling import SamplingParams
 
 BANNED = float("-inf")
-# Stands for any token in the leading places of a word shorter than the longest one.
-ANY_TOKEN = -1
 # Sizes are rounded up to this, so that batches of like size need one captured graph, not many.
 COLUMNS_ROUNDING = 128
 
@@ -53,11 +52,6 @@ def pack_words(lists: Sequence[Sequence[Sequence[int]]], *, empty: int, device: 
             packed[row, place] = ANY_TOKEN
             packed[row, place, longest - len(word) :] = torch.tensor(word)
     return to_device(packed, device)
-
-
-def match_words(tails: Tensor, words: Tensor) -> Tensor:
-    """Which words [..., N, L] equal the tail [..., L] of their row; bool [..., N]."""
-    return ((words == tails.unsqueeze(-2)) | (words == ANY_TOKEN)).all(-1)
 
 
 class DeviceState(nn.Module):
@@ -116,8 +110,7 @@ class History(DeviceState):
 
     def tail(self, length: int) -> Tensor:
         """The newest `length` tokens per row, `empty` where there are fewer; int64 [B, length]."""
-        offsets = torch.arange(-length, 0, device=self.ends_B.device)
-        return self.tokens_BH.gather(1, self.ends_B[:, None] + offsets)
+        return rows.tail(self.tokens_BH, self.ends_B, length)
 
     def new_tokens(self, length: int) -> Tensor:
         """The first `length` places after the prompt, `empty` where not reached; [B, length]."""

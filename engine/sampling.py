@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine.errors import RequestError
 from engine.kernels import api as ops
-from engine.kernels.rows import FinishReason, RowState, find_reasons
+from engine.kernels.rows import FinishReason, RowState, StopRules, find_reasons
 from engine.penalties import (
     BANNED,
     Device,
@@ -31,7 +31,6 @@ from engine.penalties import (
     check_tokens,
     find_lookback,
     make_column,
-    match_words,
     pack_words,
     round_up,
 )
@@ -172,26 +171,18 @@ class Stops(nn.Module):
             self.lengths_BN = nn.Buffer(lengths_BN1.squeeze(-1))
 
     @property
+    def rules(self) -> StopRules:
+        words = (self.words_BNL, self.lengths_BN) if self.has_words else ()
+        return StopRules(self.max_new_B, self.end_ids_BN, *words)
+
+    @property
     def tail_length(self) -> int:
         """Tokens of the longest stop word, 0 without stop words."""
-        return self.words_BNL.shape[-1] if self.has_words else 0
-
-    def find_words(self, tails_BXL: Tensor, num_new_B: Tensor) -> Tensor:
-        """Which of X candidate tokens per row complete a stop word; bool [B, X]. `tails_BXL` holds
-        the newest `tail_length` tokens, the candidate the last; `num_new_B` counts it, too."""
-        matches_BXN = match_words(tails_BXL, self.words_BNL[:, None])
-        # A stop word that begins in the prompt is none.
-        return (matches_BXN & (self.lengths_BN <= num_new_B[:, None])[:, None]).any(-1)
+        return self.rules.tail_length
 
     def find_reasons(self, tokens_BX: Tensor, tails_BXL: Tensor, num_new_B: Tensor) -> Tensor:
-        """Reasons [B, X] to stop, for candidates as in `find_words`."""
-        return find_reasons(
-            tokens_BX,
-            num_new_B,
-            max_new_B=self.max_new_B,
-            end_ids_BN=self.end_ids_BN,
-            is_word_BX=self.find_words(tails_BXL, num_new_B) if self.has_words else None,
-        )
+        """Reasons [B, X] to stop, for X candidate tokens per row (see engine.kernels.rows)."""
+        return find_reasons(tokens_BX, tails_BXL, num_new_B, self.rules)
 
 
 class Warper(nn.Module):
@@ -325,7 +316,7 @@ class Sampler(DeviceState):
         assert logits_BV.is_floating_point() and logits_BV.shape[1] == self.vocab_size
         chosen_B = self._choose(self.processed_logits(logits_BV))
         log_probs_B = self._log_probs(logits_BV, chosen_B) if self.has_log_probs else None
-        ops.take_tokens(self._rows(), chosen_B, self._find_words(chosen_B))
+        ops.take_tokens(self._rows(), chosen_B)
         return Sampled(self.tokens_B, log_probs_B)
 
     def is_finished(self) -> Tensor:
@@ -348,14 +339,6 @@ class Sampler(DeviceState):
             return drawn_B
         return torch.where(self.greedy_B, ops.argmax(scores_BV), drawn_B)
 
-    def _find_words(self, chosen_B: Tensor) -> Tensor | None:
-        """Which rows complete a stop word with the tokens chosen; bool [B]."""
-        if not self.stops.has_words:
-            return None
-        earlier_BL = self.history.tail(self.stops.tail_length - 1)
-        tails_B1L = torch.cat([earlier_BL, chosen_B[:, None]], 1)[:, None]
-        return self.stops.find_words(tails_B1L, self.history.num_new() + 1).squeeze(1)
-
     def _rows(self) -> RowState:
         return RowState(
             history_BH=self.history.tokens_BH,
@@ -364,9 +347,8 @@ class Sampler(DeviceState):
             tokens_B=self.tokens_B,
             num_alive=self.num_alive,
             starts_B=self.history.starts_B,
-            max_new_B=self.stops.max_new_B,
-            end_ids_BN=self.stops.end_ids_BN,
             pad_ids_B=self.pad_B,
+            rules=self.stops.rules,
         )
 
     def _log_probs(self, logits_BV: Tensor, tokens_B: Tensor) -> Tensor:

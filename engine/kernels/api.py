@@ -213,11 +213,11 @@ def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return select("draw", scores_BV.device)(scores_BV, uniform_B)
 
 
-def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+def take_tokens(rows: RowState, chosen_B: Tensor) -> None:
     """Append the chosen tokens, int64, to the rows that have not finished, and find those that do
-    with them: an end id came, or a stop word (bool `is_word_B`; None: no row has any), or the row
-    has all the new tokens it may have. In place."""
-    select("take_tokens", chosen_B.device)(rows, chosen_B, is_word_B)
+    with them: an end id came, or a stop word, or the row has all the new tokens it may have. In
+    place."""
+    select("take_tokens", chosen_B.device)(rows, chosen_B)
 
 
 def place_tokens(ends_B: Tensor, first: int, table_BM: Tensor, block_tokens: int) -> Places:

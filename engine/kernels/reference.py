@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.cache import LayerCache
 from engine.kernels.api import Attending, Places
 from engine.kernels.quantized_reference import quantize_fp8, quantize_int8
-from engine.kernels.rows import FinishReason, RowState, append, find_reasons
+from engine.kernels.rows import FinishReason, RowState, append, find_reasons, tail
 
 # Attention takes this many tokens at a time, so that a long prompt's scores fit in memory.
 MAX_QUERIES = 256
@@ -172,16 +172,12 @@ def largest_weight(vocab_size: int) -> float:
     return 2.0 ** (EXACT_BITS - (vocab_size - 1).bit_length())
 
 
-def take_tokens(rows: RowState, chosen_B: Tensor, is_word_B: Tensor | None) -> None:
+def take_tokens(rows: RowState, chosen_B: Tensor) -> None:
     alive_B = rows.reasons_B == FinishReason.NOT_FINISHED.value
     append(rows.history_BH, rows.ends_B, chosen_B, alive_B)
-    reasons_B1 = find_reasons(
-        chosen_B[:, None],
-        rows.ends_B - rows.starts_B,
-        max_new_B=rows.max_new_B,
-        end_ids_BN=rows.end_ids_BN,
-        is_word_BX=None if is_word_B is None else is_word_B[:, None],
-    )
+    tails_B1L = tail(rows.history_BH, rows.ends_B, rows.rules.tail_length)[:, None]
+    num_new_B = rows.ends_B - rows.starts_B
+    reasons_B1 = find_reasons(chosen_B[:, None], tails_B1L, num_new_B, rows.rules)
     rows.reasons_B.copy_(torch.where(alive_B, reasons_B1.squeeze(1), rows.reasons_B))
     rows.tokens_B.copy_(torch.where(alive_B, chosen_B, rows.pad_ids_B))
     rows.num_alive.copy_((rows.reasons_B == FinishReason.NOT_FINISHED.value).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.kernels.rows import RowState
+from engine.kernels.rows import RowState, StopRules
 from engine.kernels.triton import (
     _vocabulary,
     argmax,
@@ -14,8 +14,9 @@ from engine.kernels.triton import (
 from tests.kernels.rowwise_cases import case
 from tests.kernels.triton_compile import compile_case
 
-ROWS = {"rows": "i32", "history_stride": "i32", "num_end_ids": "i32"}
-LONGS = dict.fromkeys(RowState._fields, "*i64") | {"chosen": "*i64"}
+ROWS = dict.fromkeys(["rows", "history_stride", "num_end_ids", "num_words", "longest"], "i32")
+LONGS = dict.fromkeys([*RowState._fields[:-1], *StopRules._fields, "chosen"], "*i64")
+NO_WORDS = {"words_BNL": None, "word_lengths_BN": None}
 PLACES = {"positions": "*i64", "kv_lens": "*i32", "slots": "*i64", "ends": "*i64", "table": "*i32"}
 NUMBERS = {"rows": "i32", "first": "i32", "block_tokens": "i32", "table_stride": "i32"}
 LOGITS = {"vocab": "i32", "row_stride": "i32", "part_tiles": "i32"}
@@ -38,12 +39,14 @@ CASES = [
         FOUND | {"scores": "*fp32", "best_ids": "*i64", "uniform": "*fp64"}, True,
     ),
     case(
-        take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.BLOCK, "END_IDS": 1},
-        {"num_warps": take_tokens.WARPS}, LONGS | {"is_word": None}, True,
+        take_tokens._take_tokens, "", ROWS,
+        {"BLOCK": take_tokens.BLOCK, "END_IDS": 1, "WORDS": 1}, {"num_warps": take_tokens.WARPS},
+        LONGS | NO_WORDS, True,
     ),
     case(
-        take_tokens._take_tokens, "", ROWS, {"BLOCK": take_tokens.BLOCK, "END_IDS": 16},
-        {"num_warps": take_tokens.WARPS}, LONGS | {"is_word": "*i1"},
+        take_tokens._take_tokens, "", ROWS,
+        {"BLOCK": take_tokens.BLOCK, "END_IDS": 16, "WORDS": 16},
+        {"num_warps": take_tokens.WARPS}, LONGS,
     ),
     case(
         place_tokens._place_tokens, "", NUMBERS, {"BLOCK": place_tokens.BLOCK},

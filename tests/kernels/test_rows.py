@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import api, reference
-from engine.kernels.rows import FinishReason, RowState
+from engine.kernels.rows import ANY_TOKEN, FinishReason, RowState, StopRules
 from engine.sampling import Sampler, SamplingParams
 from tests.kernels.helpers import DTYPES, random
 from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
@@ -140,28 +140,33 @@ def make_rows(history: list[list[int]], starts: list[int], **lists: list) -> Row
         tokens_B=tensor([-1] * count),
         num_alive=tensor([count]),
         starts_B=tensor(starts),
-        max_new_B=tensor(lists["most"]),
-        end_ids_BN=tensor(lists["end_ids"]),
         pad_ids_B=tensor([50 + row for row in range(count)]),
+        rules=StopRules(
+            tensor(lists["most"]), tensor(lists["end_ids"]), *map(tensor, lists.get("words", ()))
+        ),
     )
 
 
 @both("take_tokens")
 def test_a_token_ends_a_row_for_the_first_reason_that_applies(run: Callable):
-    """It goes on; full; an end id, also in a full row; a stop word, also with each; had ended."""
-    chosen = [4, 4, 8, 9, 4, 4, 8, 4]
+    """It goes on; full; an end id, also in a full row; a stop word, also with each; had ended.
+
+    The words are 6 4, which has begun with the row's new token, and 8."""
+    chosen = [5, 5, 9, 9, 4, 4, 8, 4]
     most = [3, 2, 9, 2, 9, 2, 9, 2]
-    is_word = [False, False, False, False, True, True, True, True]
+    end_ids = [[9, 8, EMPTY] if row == 6 else [9, EMPTY, EMPTY] for row in range(8)]
+    words = [[6, 4], [ANY_TOKEN, 8], [EMPTY, EMPTY]]
     rows = make_rows(
         [[1, 1, 6]] * 8,
         [2] * 8,
         most=most,
-        end_ids=[[8, 9, EMPTY]] * 8,
+        end_ids=end_ids,
         reasons=[0] * 7 + [FinishReason.END_ID],
+        words=([words] * 8, [[2, 1, 0]] * 8),
     )
-    run(rows, tensor(chosen), tensor(is_word))
+    run(rows, tensor(chosen))
     assert rows.reasons_B.tolist() == [0, 3, 1, 1, 2, 2, 1, 1]
-    assert rows.tokens_B.tolist() == [4, 4, 8, 9, 4, 4, 8, 57]
+    assert rows.tokens_B.tolist() == [5, 5, 9, 9, 4, 4, 8, 57]
     assert rows.ends_B.tolist() == [4] * 7 + [3]
     assert rows.history_BH[:, 2:5].tolist() == [
         *([6, token, EMPTY] for token in chosen[:7]),
@@ -171,11 +176,28 @@ def test_a_token_ends_a_row_for_the_first_reason_that_applies(run: Callable):
 
 
 @both("take_tokens")
+def test_a_stop_word_lies_in_the_output(run: Callable):
+    """6 5 4 after one, two and three new tokens, the wrong order, and no word at all."""
+    history = [[6, 5], [1, 6, 5], [1, 1, 6, 5], [1, 1, 5, 6], [1, 1, 6, 5]]
+    words = [[[6, 5, 4]]] * 4 + [[[EMPTY] * 3]]
+    rows = make_rows(
+        [[3, 3, *row] for row in history],
+        [4, 4, 4, 4, 4],
+        most=[9] * 5,
+        end_ids=[[EMPTY]] * 5,
+        words=(words, [[3]] * 4 + [[0]]),
+    )
+    run(rows, tensor([4] * 5))
+    assert rows.reasons_B.tolist() == [0, 0, 2, 0, 0]
+    assert rows.num_alive.tolist() == [4]
+
+
+@both("take_tokens")
 def test_rows_beyond_a_block_are_counted(run: Callable):
     count = 2 * BLOCK + 3
     rows = make_rows([[1]] * count, [1] * count, most=[9] * count, end_ids=[[2]] * count)
     chosen = [2 if row % 3 else 5 for row in range(count)]
-    run(rows, tensor(chosen), None)
+    run(rows, tensor(chosen))
     assert rows.num_alive.item() == chosen.count(5) == rows.reasons_B.eq(0).sum()
     assert rows.history_BH[:, 1].tolist() == chosen
 
