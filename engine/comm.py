@@ -1,11 +1,12 @@
-"""Ranks and what they tell each other: the only importer of mpi4py and torch.distributed.
+"""Ranks and what they tell each other: the only importer, with nccl.py, of mpi4py and
+torch.distributed.
 
 mpirun (or srun) starts the ranks. CPU tensors travel through MPI, CUDA tensors through NCCL, and
 nothing here knows what a tensor means. torch and mpi4py are imported when a rank needs them.
 
 Every collective gives the same bits on all ranks of the group and in every run on the same ranks.
 Sums of more than two ranks are in an order that the library chooses by size, so they may differ
-in the last bit from a sum in rank order.
+in the last bit from a sum in rank order, which those in shared memory are.
 """
 
 from __future__ import annotations
@@ -103,14 +104,14 @@ class MpiGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         # A fresh fp32 tensor costs less than cutting one of this shape out of a buffer kept ready.
-        total = x.float() if _is_narrow(x) else x
+        total = x.float() if is_narrow(x) else x
         self._comm.Allreduce(self._in_place, total.numpy())
         return x if total is x else x.copy_(total)
 
     def all_gather(self, x_TN: Tensor) -> Tensor:
         parts = x_TN.new_empty(self.size, *x_TN.shape)
         self._comm.Allgather(self._view(x_TN.contiguous()), self._view(parts))
-        return _join_columns(parts)
+        return join_columns(parts)
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         self._comm.Bcast(self._view(x), root)
@@ -151,42 +152,6 @@ class StagedGroup:
 
     def receive(self, x: Tensor, source: int) -> Tensor:
         return x.copy_(self._host.receive(x.cpu(), source))
-
-
-class NcclGroup:
-    """CUDA tensors through torch.distributed, in the order of the current stream."""
-
-    is_capturable = True
-
-    def __init__(self, process_group: Any):
-        import torch.distributed as dist
-
-        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
-        self._dist, self._group = dist, process_group
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        # Two summands are rounded once in any type, so only more of them need fp32.
-        total = x.float() if _is_narrow(x) and self.size > 2 else x
-        self._dist.all_reduce(total, group=self._group)
-        return x if total is x else x.copy_(total)
-
-    def all_gather(self, x_TN: Tensor) -> Tensor:
-        parts = x_TN.new_empty(self.size, *x_TN.shape)
-        # Gloo wants the ranks' rows one below the other, NCCL takes any shape.
-        self._dist.all_gather_into_tensor(parts.flatten(0, 1), x_TN.contiguous(), group=self._group)
-        return _join_columns(parts)
-
-    def broadcast(self, x: Tensor, root: int) -> Tensor:
-        self._dist.broadcast(x, group=self._group, group_src=root)
-        return x
-
-    def send(self, x: Tensor, to: int) -> None:
-        self._dist.send(x.contiguous(), group=self._group, group_dst=to)
-
-    def receive(self, x: Tensor, source: int) -> Tensor:
-        self._dist.recv(x, group=self._group, group_src=source)
-        return x
 
 
 @dataclass(frozen=True)
@@ -249,18 +214,20 @@ class World:
         """End the whole job with exit status `code`, whatever the other ranks are doing."""
         raise SystemExit(code)
 
-    def split(self, tp: int, pp: int, device: torch.device) -> Parallel:
+    def split(self, tp: int, pp: int, device: torch.device, *, one_shot: bool = False) -> Parallel:
         """The groups of this rank: rank = pp_rank * tp + tp_rank, as in TensorRT-LLM.
 
-        `device` is where this rank's tensors are. Every rank calls it. UserError if some ranks
-        have a GPU and others have none.
+        `device` is where this rank's tensors are; with `one_shot` small sums over tp are taken in
+        memory that GPUs share, where they can. Every rank calls it. UserError if some ranks have a
+        GPU and others have none.
         """
         assert tp * pp == self.size
         stages = [range(stage * tp, (stage + 1) * tp) for stage in range(pp)]
         columns = [range(tp_rank, self.size, tp) for tp_rank in range(tp)]
         open_group = self._group_opener(device)
+        tensor_group = open_group(stages)
         return Parallel(
-            tp=open_group(stages),
+            tp=self._sharing(tensor_group, device) if one_shot else tensor_group,
             world=open_group([range(self.size)]),
             stages=open_group(columns),
             device=device,
@@ -271,6 +238,10 @@ class World:
 
     def _group_opener(self, device: torch.device) -> Callable[[Sequence[Ranks]], Group]:
         return lambda partition: Solo()
+
+    def _sharing(self, group: Group, device: torch.device) -> Group:
+        """`group`, with small sums in memory that its GPUs share if they can."""
+        return group
 
 
 class MpiWorld(World):
@@ -331,6 +302,11 @@ class MpiWorld(World):
             )
         return self._open_mpi
 
+    def _sharing(self, group: Group, device: torch.device) -> Group:
+        from engine.nccl import NcclGroup, open_one_shot
+
+        return open_one_shot(group, self, device) if isinstance(group, NcclGroup) else group
+
     def _open_mpi(self, partition: Sequence[Ranks]) -> Group:
         [part] = [index for index, ranks in enumerate(partition) if self.rank in ranks]
         communicator = self._comm.Split(part, self.rank)
@@ -344,6 +320,8 @@ class MpiWorld(World):
         With `backend` "gloo" the same code runs on CPU tensors.
         """
         import torch.distributed as dist
+
+        from engine.nccl import NcclGroup
 
         # Port 0 lets the system choose, so that jobs on one host do not collide.
         listening = self.rank == 0
@@ -413,11 +391,11 @@ def _staged(group: Group) -> Group:
     return StagedGroup(group) if isinstance(group, MpiGroup) else group
 
 
-def _is_narrow(x: Tensor) -> bool:
+def is_narrow(x: Tensor) -> bool:
     return x.is_floating_point() and x.itemsize < 4
 
 
-def _join_columns(parts: Tensor) -> Tensor:
+def join_columns(parts: Tensor) -> Tensor:
     """[size, T, N] → [T, size * N]; without a copy if T is 1."""
     return parts.movedim(0, -2).flatten(-2)
 

@@ -31,9 +31,7 @@ SWITCHES = (
     Switch("multi_block_mode", "multi_block_mode", "the decode kernel splits long contexts itself"),
     Switch("remove_input_padding", "remove_input_padding", "batches are always packed"),
     Switch("use_fused_mlp", "use_fused_mlp", "gate and up are always one product"),
-    Switch(
-        "use_custom_all_reduce", "use_custom_all_reduce", "the all-reduce is chosen at run time"
-    ),
+    Switch("use_custom_all_reduce", "use_custom_all_reduce"),
     Switch("strongly_typed", "strongly_typed", "every tensor has the engine's dtype"),
     Switch("builder_opt", "opt_level", "there is no optimisation level"),
     Switch("load_by_shard", None, "checkpoints are always read by slice"),
@@ -87,6 +85,11 @@ def plugin_config(flags: Mapping[str, Any], dtype: str, tp: int) -> dict[str, An
         values["context_fmha_type"] = 1
     values["nccl_plugin"] = dtype if tp > 1 else False
     return values
+
+
+def wants_one_shot(config: Mapping[str, Any]) -> bool:
+    """Whether an engine's config.json asks for sums of tensor-parallel ranks in shared memory."""
+    return bool(config.get("plugin_config", {}).get("use_custom_all_reduce"))
 
 
 def builder_switches(flags: Mapping[str, Any]) -> dict[str, Any]:

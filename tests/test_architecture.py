@@ -29,7 +29,7 @@ OWNERS = {
     "datasets": (*SCRIPTS, "utils/", "tools/", "models/", "benchmarks/"),
     "evaluate": (*SCRIPTS, "utils/", "tools/", "models/", "benchmarks/"),
     "mpi4py": ("engine/comm.py",),
-    "torch.distributed": ("engine/comm.py",),
+    "torch.distributed": ("engine/comm.py", "engine/nccl.py"),
     "modelopt": ("utils/quantisation/",),
     "triton": ("engine/kernels/triton/",),
     "tensorrt": ("engine/backends/trtllm.py",),
@@ -40,7 +40,7 @@ OWNERS = {
 STOREYS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors",), ("plugins",), ("transfer",)),
     (("env",), ("config",), ("quant",), ("limits",), ("engine_file",)),
-    (("mapping",), ("comm",), ("threads",), ("cache",), ("loading",)),
+    (("mapping",), ("comm", "nccl"), ("threads",), ("cache",), ("loading",)),
     (("record",), ("unified",), ("weights.types", "weights.deferred"), ("kernels",)),
     (("checkpoint",), ("layers",), ("sampling", "penalties", "beam", "decoding")),
     (("weights",), ("models",)),

@@ -15,11 +15,11 @@ from engine import comm
 from engine.backends.ahead import KERNELS_NAME, compile_kernels, use_kernels
 from engine.backends.base import BuildPlan, BuildReport
 from engine.backends.rank_build import build_in_processes, store_plan, write_ranks
-from engine.engine_file import EngineWriter, map_tensors, verify_file
+from engine.engine_file import EngineWriter, map_tensors, read_config, verify_file
 from engine.errors import EngineError, UserError
 from engine.loading import load_tensors
 from engine.models.yi import Yi
-from engine.plugins import builder_switches, plugin_config
+from engine.plugins import builder_switches, plugin_config, wants_one_shot
 from engine.record import EngineRecord
 from engine.session import Session
 from engine.tactics import CACHE_NAME, complete_tactics, load_tactics, read_cache, write_cache
@@ -95,7 +95,9 @@ class TorchBackend:
             tensors = map_tensors(engine_dir / file.name)
         else:
             tensors = load_tensors(engine_dir / file.name, file, chosen, threads)
-        parallel = world.split(mapping.tp, mapping.pp, chosen)
+        parallel = world.split(
+            mapping.tp, mapping.pp, chosen, one_shot=wants_one_shot(read_config(engine_dir))
+        )
         network = Yi(record.config, record.quant, mapping, record.embedding_dim, tensors, parallel)
         if chosen.type == "cuda":
             if record.kernels is not None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import comm
+from engine import comm, nccl
 from engine import threads as thread_share
 from engine.comm import Group, MpiWorld, Solo, World, open_world
 from engine.errors import UserError
@@ -147,6 +148,91 @@ def test_collectives(transport: str, ranks: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+class OneShot:
+    """Stands in for memory that GPUs share: gloo brings each rank what the others put there."""
+
+    def __init__(self, fails: bool = False):
+        self.fails = fails
+        self.added: list[torch.Tensor] = []
+
+    def share(self, process_group: Any, device: torch.device):
+        if self.fails:
+            raise RuntimeError("no such memory\nand details")
+        return torch.empty(nccl.ONE_SHOT_BYTES, dtype=torch.uint8), partial(
+            self.add_up, process_group
+        )
+
+    def add_up(self, process_group: Any, mine: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, mine, group=process_group)
+        self.added.append(mine)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+@torch.inference_mode()
+def check_one_shot(ranks: int) -> None:
+    world = open_world()
+    assert isinstance(world, MpiWorld)
+    plain = world.open_nccl(CPU, "gloo")([range(ranks)])
+    assert isinstance(plain, nccl.NcclGroup)
+    memory = OneShot()
+    nccl._share_memory, nccl._find_problem = memory.share, lambda places: None
+    group = world._sharing(plain, CPU)
+    assert isinstance(group, nccl.OneShotGroup)
+    check_group(group, CPU)
+    # 16 bits are added in fp32, unless bf16 is rounded but once. Integers are NCCL's, and so are
+    # sums that are too large, empty, or no whole loads.
+    expected = {(torch.float32, (1, 8)), (torch.float32, (6, 4))}
+    if ranks == 2:
+        expected |= {(torch.bfloat16, shape) for shape in ((1, 8), (6, 4), (2, 40_000))}
+    assert {(total.dtype, tuple(total.shape)) for total in memory.added} == expected
+    most = nccl.ONE_SHOT_BYTES // 4
+    for size, is_shared in ((most, True), (most + 4, False)):
+        memory.added.clear()
+        assert group.all_reduce(torch.ones(1, size)).eq(ranks).all()
+        assert bool(memory.added) is is_shared
+    check_falling_back(world, plain)
+
+
+def check_falling_back(world: MpiWorld, plain: nccl.NcclGroup) -> None:
+    """One GPU that cannot share keeps all ranks from it, and one of them says why, once."""
+    warnings: list[str] = []
+    nccl.logger.warning = lambda text, *values: warnings.append(text % values)
+    nccl._find_problem = lambda places: "a wall between them" if world.rank == 1 else None
+    assert world._sharing(plain, CPU) is plain
+    nccl._find_problem = lambda places: None
+    nccl._share_memory = OneShot(fails=world.rank == 1).share
+    assert world._sharing(plain, CPU) is plain
+    reasons = [text.partition("(")[2].partition(")")[0] for text in warnings]
+    assert reasons == ([] if world.rank else ["a wall between them", "no such memory"])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_small_sums_in_shared_memory(ranks: int) -> None:
+    done = run_ranks(ranks, calling(check_one_shot, ranks))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("places", "problem"),
+    [
+        ([("a", 0), ("a", 1)], None),
+        ([("a", 0), ("b", 1)], "ranks are on several hosts"),
+        ([("a", 0), ("a", 1), ("a", 2)], "GPU 0 has no peer access to GPU 2"),
+    ],
+)
+def test_who_can_share_memory(
+    places: list[tuple[str, int]], problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: there != 2)
+    assert nccl._find_problem(places) == problem
+
+
 def check_layout(transport: str, tp: int, pp: int) -> None:
     world = open_world()
     groups = split_world(transport, tp, pp)
@@ -202,7 +288,9 @@ def check_gpu_collectives(ranks: int) -> None:
     device = torch.device("cuda", world.local_rank % gpus)
     torch.cuda.set_device(device)
     groups = world.split(1, ranks, device)
-    assert isinstance(groups.world, comm.NcclGroup if gpus >= ranks else comm.StagedGroup)
+    if isinstance(groups.world, nccl.NcclGroup):
+        check_group(world._sharing(groups.world, device), device)
+    assert isinstance(groups.world, nccl.NcclGroup if gpus >= ranks else comm.StagedGroup)
     check_group(groups.world, device)
     x = torch.full((2, 9), float(world.rank), device=device)
     if world.rank:

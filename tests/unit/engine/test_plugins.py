@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from engine.plugins import SWITCHES, builder_switches, plugin_config, without_effect
+from engine.plugins import (
+    SWITCHES,
+    builder_switches,
+    plugin_config,
+    wants_one_shot,
+    without_effect,
+)
 
 # The keys of plugin_config in an engine directory of TensorRT-LLM 0.6.
 KEYS = {
@@ -95,3 +101,14 @@ def test_only_given_flags_without_effect_are_reported(changes, reported):
 
 def test_flags_are_unique():
     assert len({switch.flag for switch in SWITCHES}) == len(SWITCHES)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_custom_all_reduce_is_asked_of_the_run(flag):
+    switches = {"use_custom_all_reduce": flag}
+    assert wants_one_shot({"plugin_config": plugin_config(switches, "float16", 2)}) is flag
+    assert without_effect(switches, {"use_custom_all_reduce": False}) == ()
+
+
+def test_an_engine_without_switches_asks_for_nothing():
+    assert wants_one_shot({}) is False
