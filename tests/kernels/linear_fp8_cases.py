@@ -28,8 +28,8 @@ def quantize_gated(*, is_given: bool) -> Case:
         "unit": "fp32",
     }  # fmt: skip
     constants = {
-        "TOKEN_SCALE": True, "FLOAT8": True, "PARTS": 3, "BLOCK": _quantize.GATED_BLOCK,
-        "PDL": False,
+        "TOKEN_SCALE": True, "FLOAT8": True, "ASSEMBLY": True, "PARTS": 3,
+        "BLOCK": _quantize.GATED_BLOCK, "PDL": False,
     }  # fmt: skip
     options = {"num_warps": _quantize.GATED_BLOCK // _quantize.GATED_LOAD}
     return Case("quantize gated", _quantize._quantize_gated, types, constants, options)

@@ -61,7 +61,8 @@ def decode(codes, dtype: tl.constexpr, FLOAT8: tl.constexpr):
 @triton.jit
 def encode(x, scale, dtype: tl.constexpr, FLOAT8: tl.constexpr = False):
     """fp32 x / scale as codes of `dtype`, rounded half to even and saturating; other dtypes take
-    x itself. With FLOAT8 float8 is rounded by its instruction (sm_89 and later)."""
+    x itself. With FLOAT8 float8 is rounded by its instruction (sm_89 and later), which
+    saturates."""
     if dtype == tl.int8:
         quotient = tl.minimum(tl.maximum(divide(x, scale), -127.0), 127.0)
         # Its last bits are the rounded number's: an addition is faster than a conversion.
@@ -69,7 +70,6 @@ def encode(x, scale, dtype: tl.constexpr, FLOAT8: tl.constexpr = False):
     elif dtype == tl.uint8:
         quotient = divide(x, scale)
         if FLOAT8:
-            quotient = tl.minimum(tl.maximum(quotient, -E4M3_MAX), E4M3_MAX)
             codes = quotient.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:
             codes = _encode_e4m3(quotient)

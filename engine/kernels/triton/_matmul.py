@@ -274,7 +274,7 @@ def multiply_tiles(
     if not tokens:
         return y_TN
     config = fit(config, weights, is_gated, x_TK.element_size(), _shared_bytes(x_TK.device))
-    grid = (triton.cdiv(outputs, config.rows), triton.cdiv(tokens, config.tokens), config.splits)
+    grid = (-(-outputs // config.rows), -(-tokens // config.tokens), config.splits)
     partial, counters = None, None
     if config.splits > 1:
         assert grid[0] * grid[1] <= COUNTERS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,7 @@ ELEMENTS_PER_WARP = 512
 MAX_WARPS = 16
 
 
+@cache
 def row_block(width: int) -> tuple[int, int]:
     """Block size and warps of a program that holds a row of `width` elements."""
     assert width <= MAX_WIDTH, f"a row of {width} elements does not fit one program"

@@ -56,7 +56,7 @@ def scale_sums(
     if is_gated:
         y_TN = torch.empty(tokens, outputs, dtype=sums_TN.dtype, device=sums_TN.device)
     if tokens:
-        _scale_sums[(triton.cdiv(outputs, ROWS), triton.cdiv(tokens, TOKENS))](
+        _scale_sums[(-(-outputs // ROWS), -(-tokens // TOKENS))](
             y_TN, sums_TN, scale_N, x_scale, residual_TN, outputs, tokens, width,
             0 if residual_TN is None else residual_TN.stride(0), unit,
             TOKEN_SCALE=x_scale.numel() > 1, GATED=is_gated, BN=ROWS, BT=TOKENS,

@@ -75,7 +75,7 @@ def widen(weights: Weights, dtype: torch.dtype) -> Tensor:
     assert weights.scale is not None
     device = weights.codes.device
     wide_NK = torch.empty(outputs, inputs, dtype=dtype, device=device)
-    grid = (outputs, triton.cdiv(inputs, BLOCK))
+    grid = (outputs, -(-inputs // BLOCK))
     options: dict[str, Any] = {"BLOCK": BLOCK, "num_warps": WARPS, **launch_options(device)}
     if weights.block:
         _widen_nibbles[grid](

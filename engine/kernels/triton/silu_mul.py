@@ -35,7 +35,7 @@ def silu_mul(gate_up_TF2: Tensor) -> Tensor:
     device = gate_up_TF2.device
     y_TF = torch.empty(tokens, width, dtype=gate_up_TF2.dtype, device=device)
     if tokens:
-        _silu_mul[(tokens, triton.cdiv(width, BLOCK))](
+        _silu_mul[(tokens, -(-width // BLOCK))](
             y_TF, gate_up_TF2, width, gate_up_TF2.stride(0),
             BLOCK=BLOCK, num_warps=WARPS, **launch_options(device),
         )  # fmt: skip
