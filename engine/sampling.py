@@ -235,7 +235,7 @@ class Warper(nn.Module):
         if not self.has_top_p:
             return scores_BV
         best_BC = best_BC.masked_fill(best_BC < floor_B1, BANNED)
-        probs_BC = (best_BC - scores_BV.logsumexp(-1, keepdim=True)).exp_()
+        probs_BC = (best_BC - ops.logsumexp(scores_BV)[:, None]).exp_()
         # The nucleus is every token before which less than top_p of the mass lies.
         before_BC = probs_BC.cumsum(-1) - probs_BC
         kept_B1 = (before_BC < self.top_p_B1).sum(-1, keepdim=True).clamp_(min=1)
@@ -353,4 +353,4 @@ class Sampler(DeviceState):
 
     def _log_probs(self, logits_BV: Tensor, tokens_B: Tensor) -> Tensor:
         chosen_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1).float()
-        return (chosen_B - logits_BV.float().logsumexp(-1)).masked_fill_(self.is_finished(), 0.0)
+        return (chosen_B - ops.logsumexp(logits_BV)).masked_fill_(self.is_finished(), 0.0)

@@ -203,6 +203,11 @@ def argmax(logits_BV: Tensor) -> Tensor:
     return select("argmax", logits_BV.device)(logits_BV)
 
 
+def logsumexp(logits_BV: Tensor) -> Tensor:
+    """log Σ exp(logits), fp32 [B], computed in fp32."""
+    return select("logsumexp", logits_BV.device)(logits_BV)
+
+
 def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Tokens int64 [B] drawn from softmax(scores), fp32: the inverse, at `uniform_B` (float64 in
     [0, 1)), of the distribution function in vocabulary order.

@@ -156,6 +156,10 @@ def argmax(logits_BV: Tensor) -> Tensor:
     return logits_BV.float().argmax(-1)
 
 
+def logsumexp(logits_BV: Tensor) -> Tensor:
+    return logits_BV.float().logsumexp(-1)
+
+
 def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     vocab_size = scores_BV.shape[1]
     best_B1 = scores_BV.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores_BV.dtype).min)

@@ -123,6 +123,7 @@ FAMILIES = (
             "rope_attention",
             "rotary_angles",
             "argmax",
+            "logsumexp",
             "draw",
             "take_tokens",
             "place_tokens",

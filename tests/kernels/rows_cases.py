@@ -7,6 +7,7 @@ from engine.kernels.triton import (
     _vocabulary,
     argmax,
     draw,
+    logsumexp,
     place_tokens,
     rotary_angles,
     take_tokens,
@@ -37,6 +38,10 @@ CASES = [
     case(
         draw._draw, "", LOGITS | {"largest": "fp32"}, {"TILE": TILE, "PARTS": 64}, WARPS,
         FOUND | {"scores": "*fp32", "best_ids": "*i64", "uniform": "*fp64"}, True,
+    ),
+    case(
+        logsumexp._logsumexp, "logits", LOGITS, {"TILE": TILE, "PARTS": 16}, WARPS,
+        {"result": "*fp32", "found": "*fp32", "arrivals": "*i32"}, True,
     ),
     case(
         take_tokens._take_tokens, "", ROWS,

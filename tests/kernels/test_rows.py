@@ -21,13 +21,14 @@ prepare_interpreter()
 from engine.kernels.triton._vocabulary import TILE  # noqa: E402
 from engine.kernels.triton.argmax import argmax  # noqa: E402
 from engine.kernels.triton.draw import draw  # noqa: E402
+from engine.kernels.triton.logsumexp import logsumexp  # noqa: E402
 from engine.kernels.triton.place_tokens import place_tokens  # noqa: E402
 from engine.kernels.triton.rotary_angles import rotary_angles  # noqa: E402
 from engine.kernels.triton.take_tokens import BLOCK, take_tokens  # noqa: E402
 
 TRITON = {
     function.__name__: function
-    for function in (argmax, draw, place_tokens, rotary_angles, take_tokens)
+    for function in (argmax, draw, logsumexp, place_tokens, rotary_angles, take_tokens)
 }
 EMPTY = 999
 BLOCK_TOKENS = 5
@@ -70,6 +71,28 @@ def test_argmax_of_equal_zero_infinite_and_no_numbers(run: Callable, dtype: torc
     for row, values in enumerate(rows.values()):
         logits[row, list(values)] = tensor(list(values.values())).to(dtype)
     assert run(logits).tolist() == list(rows)
+
+
+@both("logsumexp")
+@DTYPES
+@pytest.mark.parametrize("rows, vocab", [(1, 1), (3, 9 * TILE + 5), (40, 77)])
+def test_logsumexp(run: Callable, dtype: torch.dtype, rows: int, vocab: int):
+    logits = 20 * random(rows, vocab, dtype=dtype, device=DEVICE) - 60
+    logits[:, 1::2] = -math.inf
+    truth = logits.double().exp().sum(-1).log()
+    torch.testing.assert_close(run(logits).double(), truth, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@both("logsumexp")
+def test_logsumexp_of_infinite_and_no_numbers(run: Callable):
+    logits = torch.full((4, 3 * TILE), -math.inf, device=DEVICE)
+    logits[1, TILE] = math.inf
+    logits[2, [TILE, 5]] = tensor([math.nan, 1.0])
+    logits[3, [TILE, 5]] = -3e38
+    found = run(logits)
+    assert found[:2].tolist() == [-math.inf, math.inf] and found[2].isnan()
+    assert found[3].item() == pytest.approx(-3e38)
 
 
 @both("draw")
@@ -261,7 +284,7 @@ def test_triton_leaves_the_buffers_of_the_reference(seed: int, monkeypatch: pyte
 def test_kernels_compile_without_spills() -> None:
     lines = run_compiled("tests.kernels.triton_compile", "tests.kernels.rows_cases", "90")
     found = lines.splitlines()
-    assert len(found) == 7 and all(" 0 bytes spilled" in line for line in found), found
+    assert len(found) == 8 and all(" 0 bytes spilled" in line for line in found), found
 
 
 def test_large_angles_are_reduced_exactly() -> None:

@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
     parts: int
     tiles: int
-    found: Tensor  # int64 [rows, parts]
+    found: Tensor  # [rows, parts]
     arrivals: Tensor  # int32 [rows] at least, zero between launches
 
     @property
@@ -53,14 +53,17 @@ class Split(NamedTuple):
         return {"TILE": TILE, "PARTS": triton.next_power_of_2(self.parts), "num_warps": WARPS}
 
 
-def split(rows: int, vocab: int, device: torch.device) -> Split:
+def split(
+    rows: int, vocab: int, device: torch.device, *, found: torch.dtype = torch.int64
+) -> Split:
+    """How rows of the vocabulary's size are shared; a program finds one number of type `found`."""
     places = RESIDENT * processors(device)
     tiles = triton.cdiv(vocab, TILE)
     # As many rows as places are not split.
     part_tiles = min(tiles, triton.cdiv(tiles * rows, places))
     parts = triton.cdiv(tiles, part_tiles)
-    found = torch.empty(rows, parts, dtype=torch.int64, device=device)
-    return Split(parts, part_tiles, found, _arrivals(places, device))
+    numbers = torch.empty(rows, parts, dtype=found, device=device)
+    return Split(parts, part_tiles, numbers, _arrivals(places, device))
 
 
 @cache
