@@ -6,13 +6,14 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.triton._gemv import _gemv
+from engine.kernels.triton._gemv_codes import _gemv_codes
+from engine.kernels.triton._gemv_words import _gemv_bytes, _gemv_halves, _gemv_nibbles
 from engine.kernels.triton._matmul import _tiles, _tiles_nibbles, fit
 from engine.kernels.triton._quantize import _quantize
 from engine.kernels.triton._tactics import GEMV, candidates
 from engine.kernels.triton._weights import Weights
 from engine.kernels.triton._widen import _widen_nibbles
-from engine.kernels.triton._words import _gemv_bytes, _gemv_nibbles
-from tests.kernels.triton_compile import Case
+from tests.kernels.triton_compile import CAPABILITIES, Case
 
 OUTPUTS, INPUTS = 4096, 4096
 # The least of the architectures from Ampere on.
@@ -21,46 +22,54 @@ ROW = dict.fromkeys(("outputs", "inputs"), "i32")
 BYTES = dict.fromkeys(("outputs", "width", "group_size"), "i32")
 STRIDES = dict.fromkeys(("x_stride", "y_stride", "residual_stride"), "i32")
 WEIGHTS = {"linear": "*bf16", "linear_int8": "*i8", "linear_w8a8": "*i8", "linear_fp8": "*u8"}
+WORDS = ("linear", "linear_int8", "linear_int4_groups")
 TOKENS = {"linear_w8a8": "*i8", "linear_fp8": "*u8"}
 
 
-def gemv(*, is_gated: bool) -> Case:
-    config = candidates("linear", 1, OUTPUTS, INPUTS)[0]
-    types = {
-        **dict.fromkeys(("y", "x", "codes", "norm", "residual"), "*bf16"), "scale": None,
-        "eps": "fp32", **ROW,
-    }  # fmt: skip
-    constants = {
-        "GATED": is_gated, "BN": config.rows // (1 + is_gated), "BK": config.inputs, "VEC": 8,
-        "PDL": False,
-    }  # fmt: skip
-    return Case("gemv bf16", _gemv, types, constants, {"num_warps": config.warps})
-
-
-def gemv_nibbles(*, is_gated: bool) -> Case:
-    config = candidates("linear_int4_groups", 1, OUTPUTS, INPUTS)[0]
+def gemv(op: str, *, is_gated: bool) -> Case:
+    """A weight-only product, with norm and residual."""
+    config = candidates(op, 1, OUTPUTS, INPUTS)[0]
+    kernel = {"linear": _gemv_halves, "linear_int8": _gemv_bytes}.get(op, _gemv_nibbles)
     types = {
         **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*i32",
-        "scale": "*fp16", "zero": "*u8", "eps": "fp32", **BYTES,
+        "scale": "*fp32" if op == "linear_int8" else "*fp16", "zero": "*u8", "eps": "fp32",
+        **BYTES,
     }  # fmt: skip
     constants = {
         "GATED": is_gated, "HAS_GROUPS": True, "HALF": 32, "BN": config.rows // (1 + is_gated),
-        "C": config.inputs // 32, "ASSEMBLY": True, "PDL": False,
+        "C": 32 * config.warps, "PARTS": INPUTS // (32 * 32 * config.warps), "ASSEMBLY": True,
+        "PDL": False,
     }  # fmt: skip
-    return Case("gemv int4", _gemv_nibbles, types, constants, {"num_warps": config.warps})
+    types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    return Case(f"gemv {op}", kernel, types, constants, {"num_warps": config.warps})
 
 
-def gemv_bytes(*, is_gated: bool) -> Case:
-    config = candidates("linear_int8", 1, OUTPUTS, INPUTS)[0]
+def gemv_wide() -> Case:
+    """fp32 weights."""
+    config = candidates("linear", 1, OUTPUTS, INPUTS)[0]
     types = {
-        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*i32",
-        "scale": "*fp32", "eps": "fp32", "outputs": "i32", "width": "i32",
+        **dict.fromkeys(("y", "x", "codes", "norm", "residual"), "*fp32"), "scale": None,
+        "eps": "fp32", **ROW,
+    }  # fmt: skip
+    constants = {"GATED": False, "BN": 4, "BK": 512, "VEC": 4, "PDL": False}
+    return Case("gemv fp32", _gemv, types, constants, {"num_warps": config.warps})
+
+
+def gemv_codes(op: str, x: str, *, is_gated: bool, converts: bool = False) -> Case:
+    """A token of codes, or one that is rounded to float8 after its norm."""
+    config = candidates(op, 1, OUTPUTS, INPUTS)[0]
+    types = {
+        "y": "*bf16", "x": x, "codes": "*i32", "scale": "*fp32", "x_scale": "*fp32",
+        "norm": None if x == "*i32" else "*bf16", "residual": "*bf16", "outputs": "i32",
+        "width": "i32", "eps": "fp32",
     }  # fmt: skip
     constants = {
-        "GATED": is_gated, "BN": config.rows // (1 + is_gated), "C": config.inputs // 16,
-        "ASSEMBLY": True, "PDL": False,
+        "IS_FLOAT": op == "linear_fp8", "CONVERTS": converts, "GATED": is_gated,
+        "BN": config.rows // (1 + is_gated), "C": 32 * config.warps, "ASSEMBLY": True, "PDL": False,
     }  # fmt: skip
-    return Case("gemv int8", _gemv_bytes, types, constants, {"num_warps": config.warps})
+    capabilities = tuple(c for c in CAPABILITIES if c >= 89) if converts else CAPABILITIES
+    options = {"num_warps": config.warps}
+    return Case(f"gemv {op} {x}", _gemv_codes, types, constants, options, (), capabilities)
 
 
 def tiles(op: str, tokens: int, *, is_gated: bool, float8: bool = True) -> Case:
@@ -113,9 +122,10 @@ def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
 def quantize(codes: str) -> Case:
     types = {
         "codes": codes, "scales": "*fp32", "x": "*bf16", "norm": "*bf16", "given": None,
-        "width": "i32", "x_stride": "i32", "code_range": "fp32", "eps": "fp32",
+        "divisor": "*fp32" if codes == "*i8" else None, "width": "i32", "x_stride": "i32",
+        "code_range": "fp32", "eps": "fp32",
     }  # fmt: skip
-    constants = {"BLOCK": 4096, "PDL": False}
+    constants = {"FLOAT8": True, "BLOCK": 4096, "PDL": False}
     return Case(f"quantize {codes}", _quantize, types, constants, {"num_warps": 8})
 
 
@@ -129,9 +139,14 @@ def widen_nibbles() -> Case:
 
 
 CASES = [
-    *(gemv(is_gated=gated) for gated in (False, True)),
-    *(gemv_bytes(is_gated=gated) for gated in (False, True)),
-    *(gemv_nibbles(is_gated=gated) for gated in (False, True)),
+    *(gemv(op, is_gated=gated) for op in WORDS for gated in (False, True)),
+    gemv_wide(),
+    *(gemv_codes("linear_w8a8", "*i32", is_gated=gated) for gated in (False, True)),
+    *(
+        gemv_codes("linear_fp8", x, is_gated=True, converts=converts)
+        for x in ("*i32", "*bf16")
+        for converts in (False, True)
+    ),
     *(tiles(op, 16, is_gated=False, float8=False) for op in WEIGHTS),
     *(tiles(op, 64, is_gated=True, float8=False) for op in WEIGHTS),
     *(tiles("linear_w8a8", 512, is_gated=gated) for gated in (False, True)),

@@ -25,7 +25,7 @@ from tests.kernels.triton_mode import DEVICE, IS_INTERPRETED
 
 triton_mode.prepare_interpreter()
 
-from engine.kernels.triton import _matmul, _tactics, _tuning, _weights  # noqa: E402
+from engine.kernels.triton import _matmul, _tactics, _tuning, _weights, _words  # noqa: E402
 from engine.kernels.triton._launch import processors  # noqa: E402
 from engine.kernels.triton._product import Product  # noqa: E402
 from engine.kernels.triton._tactics import GEMV, LIBRARY, TILES, Config  # noqa: E402
@@ -146,16 +146,43 @@ def codes_truth(op: str, x: Tensor, input_scale: float | None) -> Tensor:
     return codes.double() * step.double()
 
 
+@WEIGHT_ONLY
+@DTYPES
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_token_that_is_not_finite(op: str, dtype: torch.dtype, bad: float) -> None:
+    layer, x = make(op, 5, 192, dtype), random(1, 192, dtype=dtype)
+    x[0, 100] = bad
+    assert not bound(op, layer).run(x.to(DEVICE), SMALL_GEMV).isfinite().any()
+
+
+@WEIGHT_ONLY
+def test_one_token_with_an_outlier(op: str) -> None:
+    """One value far above the others, and chunks of nothing but zeros, cost no accuracy."""
+    layer, x = make(op, 33, 384, torch.float16), random(1, 384, dtype=torch.float16)
+    x[0, 100], x[0, 200:300] = 20000, 0
+    y = bound(op, layer).run(x.to(DEVICE), SMALL_GEMV)
+    assert_close(y, x.double() @ layer.matrix.T)
+
+
 @pytest.mark.parametrize("op", ["linear_w8a8", "linear_fp8"])
 @DTYPES
-@pytest.mark.parametrize("tokens, splits", [(1, 1), (3, 2), (17, 1)])
+@pytest.mark.parametrize(
+    "tokens, config",
+    [
+        (1, SMALL_GEMV),
+        (1, SMALL_TILES),
+        (3, SMALL_TILES._replace(splits=2)),
+        (17, SMALL_TILES),
+    ],
+    ids=["gemv", "1", "3", "17"],
+)
 @pytest.mark.parametrize("input_scale", [None, 0.01])
 def test_codes(
-    op: str, dtype: torch.dtype, tokens: int, splits: int, input_scale: float | None
+    op: str, dtype: torch.dtype, tokens: int, config: Config, input_scale: float | None
 ) -> None:
     layer, x = make(op, 67, 192, dtype), random(tokens, 192, dtype=dtype)
     product = bound(op, layer, input_scale)
-    y = product.run(x.to(DEVICE), SMALL_TILES._replace(splits=splits))
+    y = product.run(x.to(DEVICE), config)
     assert y.dtype == dtype
     assert_close(y, codes_truth(op, x, input_scale) @ layer.matrix.T)
 
@@ -184,6 +211,14 @@ def norm_truth(x: Tensor, weight: Tensor | None) -> Tensor:
     return x / torch.sqrt((x * x).mean(1, keepdim=True) + EPS) * weight.double()
 
 
+def in_steps(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The norm with the roundings of api.rms_norm, which codes are made of."""
+    if weight is None:
+        return x
+    normed = x.float() * torch.rsqrt((x.float() ** 2).mean(1, keepdim=True) + EPS)
+    return (normed.to(x.dtype).float() * weight.float()).to(x.dtype)
+
+
 def gate_truth(y: Tensor, is_gated: bool, residual: Tensor | None) -> Tensor:
     if is_gated:
         gate, up = y.chunk(2, dim=1)
@@ -197,7 +232,7 @@ FUSED = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("op", [*_tactics.NIBBLES, "linear", "linear_int8", "linear_w8a8"])
+@pytest.mark.parametrize("op", _tactics.OPS)
 @FUSED
 @pytest.mark.parametrize("dtype, tokens", [(torch.float16, 1), (torch.bfloat16, 3)], ids=str)
 def test_fused(
@@ -208,13 +243,15 @@ def test_fused(
     weight = random(inputs, dtype=dtype, seed=7) if has_norm else None
     width = outputs // (2 if is_gated else 1)
     residual = random(tokens, width, dtype=dtype, seed=8) if has_residual else None
-    kinds = (TILES,) if tokens > 1 or op == "linear_w8a8" else (GEMV, TILES)
+    kinds = (TILES,) if tokens > 1 else (GEMV, TILES)
+    # A scale that is known before lets the product's kernel round a token.
+    input_scale = 0.01 if op == "linear_fp8" else None
     normed = norm_truth(x, weight)
-    if op == "linear_w8a8":
-        normed = codes_truth(op, normed.to(dtype), None)
+    if op in _tactics.ACTIVATION_CODES:
+        normed = codes_truth(op, in_steps(x, weight), input_scale)
     truth = gate_truth(normed @ layer.matrix.T, is_gated, residual)
     for config in (c for c in (SMALL_GEMV, SMALL_TILES._replace(splits=2)) if c.kind in kinds):
-        product = bound(op, layer)
+        product = bound(op, layer, input_scale)
         y = product.run(
             x.to(DEVICE),
             config,
@@ -307,10 +344,14 @@ def test_tuning_keeps_a_candidate_that_is_right() -> None:
 MOVES = re.compile(r"(\w+)\.[\w.]+ (.*);")
 
 
-def run_assembly(text: str, codes: int, zeros: int) -> list[int]:
-    """The four registers that `_UNPACK` leaves, by the PTX manual's meaning of each instruction;
+def split_bytes(word: int, is_signed: bool) -> list[int]:
+    return [b - 256 * (is_signed and b > 127) for b in (word & 0xFFFFFFFF).to_bytes(4, "little")]
+
+
+def run_assembly(text: str, results: int, *operands: int) -> list[Any]:
+    """The registers that assembly leaves in $0 …, by the PTX manual's meaning of each instruction;
     bf16 and fp16 sums stay pairs of operands."""
-    registers: dict[str, Any] = {"$4": codes, "$5": zeros}
+    registers: dict[str, Any] = {f"${results + i}": value for i, value in enumerate(operands)}
 
     def value(name: str) -> Any:
         return registers[name] if name in registers else int(name, 0)
@@ -326,6 +367,14 @@ def run_assembly(text: str, codes: int, zeros: int) -> list[int]:
         elif operation == "prmt":
             pair = (a | rest[0] << 32).to_bytes(8, "little")
             result = sum(pair[rest[1] >> 4 * i & 7] << 8 * i for i in range(4))
+        elif operation == "and":
+            result = a & rest[0]
+        elif operation == "mad":
+            result = a * rest[0] + rest[1]
+        elif operation.startswith("dp4a"):
+            signed_a, signed_b = (kind == "s32" for kind in line.split()[0].split(".")[1:])
+            pairs = zip(split_bytes(a, signed_a), split_bytes(rest[0], signed_b), strict=True)
+            result = sum(first * second for first, second in pairs) + rest[1]
         elif operation == "or":
             result = a | rest[0]
         elif operation == "shr":
@@ -337,7 +386,7 @@ def run_assembly(text: str, codes: int, zeros: int) -> list[int]:
             assert operation == "fma"
             result = (a, *rest)
         registers[target] = result
-    return [registers[f"${i}"] for i in range(4)]
+    return [registers[f"${i}"] for i in range(results)]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +400,7 @@ def test_assembly_unpacks_nibbles(text: str, dtype: torch.dtype) -> None:
         codes, zeros = [first, first + 1, first + 2, first + 3], [0, 16, 8, 15]
         packed = [int.from_bytes(bytes(four), "little") for four in (codes, zeros)]
         out = []
-        for product in run_assembly(text, *packed):
+        for product in run_assembly(text, 4, *packed):
             halves = [
                 torch.tensor([word & 0xFFFF, word >> 16]).to(torch.uint16).view(dtype)
                 for word in product
@@ -360,6 +409,28 @@ def test_assembly_unpacks_nibbles(text: str, dtype: torch.dtype) -> None:
         pairs = list(zip(codes, zeros, strict=True))
         assert out[:4] == [(code & 15) - zero for code, zero in pairs]
         assert out[4:] == [(code >> 4) - zero for code, zero in pairs]
+
+
+def pack_bytes(values: list[int]) -> int:
+    return int.from_bytes(bytes(value & 255 for value in values), "little")
+
+
+def test_assembly_multiplies_digits() -> None:
+    """As above: four values become digits, whose products with codes add up to theirs."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        values = torch.randint(-32767, 32768, (8,), generator=generator).tolist()
+        # What adding 1.5 · 2^23 leaves of whole numbers.
+        bits = [0x4B400000 + value for value in values]
+        low = run_assembly(_words.PACK.value, 2, *bits[:4])
+        high = run_assembly(_words.PACK.value, 2, *bits[4:])
+        codes = torch.randint(-128, 128, (4,), generator=generator).tolist()
+        [found] = run_assembly(_words.BYTES.value, 1, pack_bytes(codes), *low)
+        assert found == sum(c * v for c, v in zip(codes, values, strict=False))
+        nibbles = torch.randint(0, 16, (8,), generator=generator).tolist()
+        word = pack_bytes([a | b << 4 for a, b in zip(nibbles[:4], nibbles[4:], strict=True)])
+        [found] = run_assembly(_words.NIBBLES.value, 1, word, *low, *high)
+        assert found == sum(c * v for c, v in zip(nibbles, values, strict=True))
 
 
 def test_kernels_compile_for_hopper_without_spills() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from engine.kernels.triton._gemv import Around, multiply_codes
 from engine.kernels.triton._matmul import multiply_tiles
 from engine.kernels.triton._product import Norm, Product
 from engine.kernels.triton._quantize import Codes, quantize
-from engine.kernels.triton._tactics import Config
+from engine.kernels.triton._tactics import GEMV, Config
 from engine.kernels.triton._weights import Weights
 
 
@@ -45,6 +47,11 @@ class CodesProduct(Product):
         is_gated: bool = False,
         residual_TN: Tensor | None = None,
     ) -> Tensor | Codes | None:
+        if self._rounds_itself(x_TK, config):
+            around = Around(norm, is_gated, residual_TN)
+            return multiply_codes(
+                x_TK, self.input_scale, self.weights, config, around, dtype=x_TK.dtype
+            )
         x = quantize(
             x_TK, self.weights.codes.dtype,
             given=self.input_scale, norm=norm, divisor_K=self._divisor_K,
@@ -55,7 +62,20 @@ class CodesProduct(Product):
         self, x: Codes, config: Config, is_gated: bool, residual_TN: Tensor | None
     ) -> Tensor | Codes:
         """y [T, N] of tokens that are codes, of the dtype that they were rounded from."""
+        if config.kind == GEMV and len(x.codes_TK) == 1:
+            around = Around(None, is_gated, residual_TN)
+            return multiply_codes(x.codes_TK, x.scale, self.weights, config, around, dtype=x.dtype)
         return multiply_tiles(
             x.codes_TK, self.weights, config, dtype=x.dtype, x_scale=x.scale,
             is_gated=is_gated, residual_TN=residual_TN,
         )  # fmt: skip
+
+    def _rounds_itself(self, x_TK: Tensor, config: Config) -> bool:
+        """Whether the product's kernel rounds a token to codes, whose scale is known before."""
+        return (
+            config.kind == GEMV
+            and len(x_TK) == 1
+            and self.weights.codes.dtype == torch.float8_e4m3fn
+            and self.input_scale is not None
+            and self._divisor_K is None
+        )

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.triton._gemv import multiply_token
+from engine.kernels.triton._gemv import Around, multiply_token
 from engine.kernels.triton._launch import processors
 from engine.kernels.triton._matmul import multiply_tiles
-from engine.kernels.triton._quantize import quantize
 from engine.kernels.triton._tactics import GEMV, LIBRARY, Config, choose
 from engine.kernels.triton._weights import Weights
 from engine.kernels.triton._widen import multiply_widened
@@ -69,10 +68,8 @@ class Product:
     ) -> Tensor | None:
         """The kernels of `config`, or None if they do not serve these tokens."""
         if config.kind == GEMV and len(x_TK) == 1:
-            return multiply_token(
-                x_TK, self.weights, config,
-                norm=norm, is_gated=is_gated, residual_1N=residual_TN,
-            )  # fmt: skip
+            around = Around(norm, is_gated, residual_TN)
+            return multiply_token(x_TK, self.weights, config, around)
         # Tensor cores have no fp32 products.
         if config.kind == LIBRARY or x_TK.dtype == torch.float32:
             return None
@@ -92,30 +89,6 @@ class DenseProduct(Product):
 
     def _by_library(self, x_TK: Tensor) -> Tensor:
         return F.linear(x_TK, self.weights.codes)
-
-
-class CodesProduct(Product):
-    """Tokens are rounded to codes of the weights' type, in the kernel of their norm if there is
-    one: `dtype` codes, with `input_scale` fp32 [1] or a scale per token."""
-
-    def __init__(self, weights: Weights, input_scale: Tensor | None):
-        super().__init__(weights)
-        self.input_scale = input_scale
-
-    def run(
-        self,
-        x_TK: Tensor,
-        config: Config,
-        norm: Norm | None = None,
-        is_gated: bool = False,
-        residual_TN: Tensor | None = None,
-    ) -> Tensor | None:
-        dtype = self.weights.codes.dtype
-        codes_TK, scale = quantize(x_TK, dtype, given=self.input_scale, norm=norm)
-        return multiply_tiles(
-            codes_TK, self.weights, config, dtype=x_TK.dtype, x_scale=scale,
-            is_gated=is_gated, residual_TN=residual_TN,
-        )  # fmt: skip
 
 
 def _with_rows(x_TK: Tensor) -> Tensor:

@@ -59,11 +59,15 @@ _BYTES_ROWS_WARPS = ((4, 2), (8, 2), (4, 4), (8, 1), (4, 1), (8, 4))
 _NIBBLES_ROWS_WARPS = ((8, 2), (8, 1), (16, 1), (8, 4), (4, 2), (4, 4), (16, 2))
 _ROWS_WARPS = {
     "linear": _GEMV_ROWS_WARPS,
-    "linear_int8": _BYTES_ROWS_WARPS,
+    **dict.fromkeys(("linear_int8", *ACTIVATION_CODES), _BYTES_ROWS_WARPS),
     **dict.fromkeys(NIBBLES, _NIBBLES_ROWS_WARPS),
 }
-_CODES_PER_LANE = {"linear": 8, "linear_int8": 16, "linear_int4": 32, "linear_int4_groups": 32}
-OPS = (*_CODES_PER_LANE, *ACTIVATION_CODES)
+_CODES_PER_LANE = {
+    "linear": 8,
+    **dict.fromkeys(("linear_int8", *ACTIVATION_CODES), 16),
+    **dict.fromkeys(NIBBLES, 32),
+}
+OPS = tuple(_CODES_PER_LANE)
 
 # rows, inputs, warps, stages for few tokens; weights are the wide operand.
 _FEW = ((64, 128, 4, 4), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3))
@@ -71,6 +75,7 @@ _FEW = ((64, 128, 4, 4), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 4, 4), (128,
 _MANY = ((128, 128, 8, 3, 128), (128, 128, 8, 3, 256), (128, 64, 4, 4, 128), (64, 128, 4, 4, 128))
 
 
+@lru_cache(maxsize=4096)
 def token_bucket(tokens: int) -> int:
     return next((bucket for bucket in TOKEN_BUCKETS if tokens <= bucket), TOKEN_BUCKETS[-1])
 
@@ -78,9 +83,11 @@ def token_bucket(tokens: int) -> int:
 def candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
     """Every configuration worth measuring; the first is the default, but for its splits."""
     few = _few_candidates(tokens, outputs, inputs)
-    if op in ACTIVATION_CODES:
-        return few if tokens <= 64 else _many_candidates()
     gemv = _gemv_candidates(op) if tokens == 1 else ()
+    if op in ACTIVATION_CODES:
+        # The codes of one token are read as words.
+        gemv = () if inputs % 4 else gemv
+        return (*gemv, *few) if tokens <= 64 else _many_candidates()
     library = (Config(LIBRARY),)
     if op == "linear":
         return (*gemv, *library, *(few if tokens <= 64 else ()))

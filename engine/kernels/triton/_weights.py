@@ -9,15 +9,6 @@ import triton.language as tl
 from torch import Tensor
 from triton import jit
 
-# (a & mask) | c, where the compiler, for two constants, would take two instructions.
-_AND_OR = "lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;"
-AND_OR_REGISTERS = tl.constexpr("=r,r,r")
-LOW_MASK, HIGH_MASK = tl.constexpr(0xF000), tl.constexpr(0xF0000)
-BYTE_MASK = tl.constexpr(0x7F8000)
-AND_OR_LOW, AND_OR_HIGH, AND_OR_BYTE = (
-    tl.constexpr(_AND_OR.format(mask=mask.value)) for mask in (LOW_MASK, HIGH_MASK, BYTE_MASK)
-)
-
 # 128 (bf16) and 1024 (fp16) have steps of 1: or-ing a code into the last bits adds it. $0 and $1
 # are the low nibbles of four bytes $4, $2 and $3 the high ones, less the zeros $5, which differ
 # where a layout puts two rows into the four. A lop3 of 0xEA is (a & b) | c; prmt puts a byte into
@@ -84,33 +75,6 @@ class Weights(NamedTuple):
 def bits_of(codes: Tensor) -> Tensor:
     """float8 as uint8: kernels take its bits."""
     return codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
-
-
-@jit
-def between(words, bits: tl.constexpr, LOW: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """int32 → fp32 of the bits (words & mask) | bits; the mask is LOW_MASK or HIGH_MASK."""
-    if ASSEMBLY:
-        asm: tl.constexpr = AND_OR_LOW if LOW else AND_OR_HIGH
-        ored = tl.full(words.shape, bits, tl.int32)
-        found = tl.inline_asm_elementwise(asm, AND_OR_REGISTERS, [words, ored], tl.int32, True, 1)
-    elif LOW:
-        found = (words & LOW_MASK) | bits
-    else:
-        found = (words & HIGH_MASK) | bits
-    return found.to(tl.float32, bitcast=True)
-
-
-@jit
-def byte_between(words, bits: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """As `between`, of a byte at BYTE_MASK."""
-    if ASSEMBLY:
-        ored = tl.full(words.shape, bits, tl.int32)
-        found = tl.inline_asm_elementwise(
-            AND_OR_BYTE, AND_OR_REGISTERS, [words, ored], tl.int32, True, 1
-        )
-    else:
-        found = (words & BYTE_MASK) | bits
-    return found.to(tl.float32, bitcast=True)
 
 
 @jit
