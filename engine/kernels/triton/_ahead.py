@@ -5,6 +5,7 @@ For a process that does nothing else: it replaces Triton's driver and launches f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
+from triton.runtime.cache import _base32
 from triton.runtime.jit import JITFunction
 
 from engine.kernels.gpu import Gpu
-from engine.kernels.triton._store import settle_keys
+from engine.kernels.triton._store import TYPES_NAME, settle_keys
 
 WARP = 32
 
@@ -42,6 +44,9 @@ class _AbsentDriver(DriverBase):
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        raise AssertionError("nothing is launched")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise AssertionError("nothing is launched")
@@ -78,5 +83,9 @@ def compiling_into(folder: Path, threads: int) -> Iterator[None]:
             yield
         for future in mode.raw_futures:
             error = future.exception()
-            if error is not None and not isinstance(error, triton.runtime.errors.PTXASError):
+            if error is None:
+                kernel = future.result()
+                types = json.dumps(list(kernel.src.signature.values()))
+                (folder / _base32(kernel.hash) / TYPES_NAME).write_text(types)
+            elif not isinstance(error, triton.runtime.errors.PTXASError):
                 raise error

@@ -3,20 +3,31 @@
 Members are called key/file as in Triton's cache folder, whose keys are digests of source, types,
 options, target and compiler: what another version of any of them asks for is not found, and
 compiled as ever. The engine directory is only read.
+
+Beside a kernel are the types of its arguments, by which Triton lets the C compiler make a function
+that launches it: that is begun when the engine is opened, and done when its weights are there.
 """
 
 from __future__ import annotations
 
+import json
+import threading
 import zipfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from triton import knobs
+from triton.runtime import driver
 from triton.runtime.cache import CacheManager, FileCacheManager
 from triton.runtime.jit import DependenciesFinder, JITCallable
 
-SUFFIXES = (".json", ".cubin")
+TYPES_NAME = "arguments.types"
+SUFFIXES = (".json", ".cubin", ".types")
+# Processes of the C compiler at a time; the others of the machine's cores load weights.
+MAX_COMPILERS = 4
 # The earliest that the format knows: the same kernels make the same file.
 TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -48,9 +59,10 @@ def settle_keys() -> None:
     DependenciesFinder._update_hash = settled
 
 
-def use(path: Path) -> None:
-    """Let Triton look into `path` for what its own cache lacks."""
+def use(path: Path) -> threading.Thread:
+    """Let Triton look into `path` for what its own cache lacks; the thread makes launchers."""
     settle_keys()
+    before = set(_packed)
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             key, _, file = name.partition("/")
@@ -58,6 +70,25 @@ def use(path: Path) -> None:
     base = knobs.cache.manager_class or FileCacheManager
     if not issubclass(base, _Unpacking):
         knobs.cache.manager_class = type("EngineCache", (_Unpacking, base), {})
+    thread = threading.Thread(target=_make_launchers, args=(set(_packed) - before,), daemon=True)
+    thread.start()
+    return thread
+
+
+def _make_launchers(keys: set[str]) -> None:
+    """Fill Triton's cache with what launches the kernels of `keys` that are for this GPU. What
+    fails here fails again, and is told, where it is needed."""
+    architecture = driver.active.get_current_target().arch
+    launchers = {}
+    for key in sorted(keys):
+        files = _packed[key]
+        [metadata] = [json.loads(data) for name, data in files.items() if name.endswith(".json")]
+        if metadata["target"]["arch"] == architecture:
+            launchers[files[TYPES_NAME]] = metadata
+    with ThreadPoolExecutor(MAX_COMPILERS) as pool:
+        for types, metadata in launchers.items():
+            source = SimpleNamespace(constants={}, signature=dict(enumerate(json.loads(types))))
+            pool.submit(driver.active.launcher_cls, source, SimpleNamespace(**metadata))
 
 
 _packed: dict[str, dict[str, bytes]] = defaultdict(dict)
@@ -74,6 +105,6 @@ class _Unpacking(CacheManager):
         found = super().get_group(filename)
         if filename in (found or ()) or filename not in self._files:
             return found
-        group = {name: self.put(data, name) for name, data in self._files.items()}
+        group = {n: self.put(data, n) for n, data in self._files.items() if n != TYPES_NAME}
         self.put_group(filename, group)
         return group

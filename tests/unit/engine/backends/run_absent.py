@@ -3,7 +3,8 @@
     python -m tests.unit.engine.backends.run_absent ENGINE CACHE
 
 CACHE is Triton's cache folder. Prints JSON: [kernels found, kernels compiled] of a session as a
-user starts it, of one that has measured, and of one with an attention window.
+user starts it, of one that has measured, and of one with an attention window; then whether there
+were launchers for all kernels found.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.nvidia.driver import make_launcher
 
 from engine.backends import read_record
-from engine.backends.ahead import use_kernels
 from engine.backends.trace import Trace
 from engine.comm import World
 from engine.kernels import gpu
-from engine.kernels.triton import _ahead, _tactics
+from engine.kernels.triton import _ahead, _store, _tactics
 from engine.sampling import SamplingParams
 from engine.session import Session
 from engine.tactics import find_cases
@@ -70,22 +71,31 @@ def candidates(trace: Trace):
 
 
 def main(engine: Path, cache: str) -> None:
-    events: list[tuple[bool, str]] = []
+    events: list[bool] = []
+    needed: set[str] = set()
+
+    def listen(*, src, cache_hit, **_) -> None:
+        events.append(cache_hit)
+        if cache_hit:
+            needed.add(make_launcher(src.constants, src.signature, None))
+
     triton.knobs.cache.dir = cache
-    triton.knobs.compilation.listener = lambda *, metadata, cache_hit, **_: events.append(
-        (cache_hit, metadata["hash"])
-    )
+    triton.knobs.compilation.listener = listen
     card = gpu.TARGETS["sm_90"][0]
     gpu.imagine(card)
     _ahead.replace_launches(card)
+    made: set[str] = set()
+    triton.runtime.driver.active.launcher_cls = lambda source, metadata: made.add(
+        make_launcher(source.constants, source.signature, None)
+    )
     record = read_record(engine)
     assert record.kernels is not None
-    use_kernels(engine, record.kernels)
+    _store.use(engine / record.kernels.file.name).join()
     trace = Trace(record, record.mapping, engine)
     counts = []
 
     def count() -> None:
-        counts.append([sum(1 for hit, _ in events if hit is kind) for kind in (True, False)])
+        counts.append([events.count(True), events.count(False)])
         events.clear()
 
     with torch.inference_mode():
@@ -97,7 +107,7 @@ def main(engine: Path, cache: str) -> None:
         count()
         answer(trace, window=16)
         count()
-    print(json.dumps(counts))
+    print(json.dumps([*counts, bool(made) and needed <= made]))
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ def test_a_run_finds_every_kernel_of_the_build(engine, tmp_path):
         "tests.unit.engine.backends.run_absent", str(engine), str(tmp_path / "cache")
     )
     assert contents(engine) == before
-    as_started, as_measured, with_window = json.loads(output)
+    as_started, as_measured, with_window, has_launchers = json.loads(output)
     # Attention of prompts and of decode steps, norm, RoPE, SwiGLU, embedding, and products.
     assert as_started[0] > 10 and as_started[1] == 0
     assert as_measured[0] > 5 and as_measured[1] == 0
+    assert has_launchers
     # A window is not traced: the test sees a kernel that is missing.
     assert with_window[1] > 0
 
@@ -52,7 +53,7 @@ def test_the_file_holds_what_config_json_says(engine):
     with zipfile.ZipFile(engine / ahead.KERNELS_NAME) as archive:
         names = archive.namelist()
         metadata = [json.loads(archive.read(name)) for name in names if name.endswith(".json")]
-    assert len(names) == 2 * len(metadata)
+    assert len(names) == 3 * len(metadata)
     assert {one["target"]["arch"] for one in metadata} == {90}
     assert {one["triton_version"] for one in metadata} == {record.kernels.triton}
 
