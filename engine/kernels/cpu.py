@@ -15,7 +15,7 @@ from engine.cache import LayerCache
 from engine.kernels import reference
 from engine.kernels.api import Attending
 from engine.kernels.native import dense, rowwise
-from engine.kernels.native.attention import attend_once
+from engine.kernels.native.attention import attend_last
 
 # Up to this many tokens the own kernel is faster than PyTorch's.
 NATIVE_TOKENS = {torch.bfloat16: 4, torch.float16: 16, torch.float32: 8}
@@ -90,6 +90,11 @@ def rope_write_kv(
     layer: LayerCache,
     slots_T: Tensor,
 ) -> Tensor:
+    if layer.k_scale_G is None:
+        cache = (layer.k, layer.v)
+        q_out_THD = rowwise.rotate_and_write(q_THD, k_TGD, v_TGD, cos_TC, sin_TC, cache, slots_T)
+        if q_out_THD is not None:
+            return q_out_THD
     q_THD, k_TGD = rope(q_THD, k_TGD, cos_TC, sin_TC)
     write_kv(k_TGD, v_TGD, layer, slots_T)
     return q_THD
@@ -105,13 +110,22 @@ class _Past(NamedTuple):
 
 def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     """Sequence by sequence, so that a result does not depend on what else is in the batch."""
+    if all(count == 1 for count in batch.query_lens):
+        o_THD = _attend_last(q_THD, layer, batch, slice(None))
+        if o_THD is not None:
+            return o_THD
     o_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     queries, outputs = q_THD.split(batch.query_lens), o_THD.split(batch.query_lens)
     sequences = zip(queries, outputs, batch.true_kv_lens, batch.block_lists, strict=True)
-    for q, o, kv_len, blocks in sequences:
+    for b, (q, o, kv_len, blocks) in enumerate(sequences):
         if not len(q) or not kv_len:
             o.zero_()
             continue
+        if len(q) == 1:
+            own_1HD = _attend_last(q, layer, batch, slice(b, b + 1))
+            if own_1HD is not None:
+                o.copy_(own_1HD)
+                continue
         oldest = _oldest_seen(kv_len - len(q), batch.window)
         past = _Past(layer, blocks, range(oldest, kv_len))
         if layer.k_scale_G is None:
@@ -123,13 +137,18 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     return o_THD
 
 
+def _attend_last(
+    q_BHD: Tensor, layer: LayerCache, batch: Attending, sequences: slice
+) -> Tensor | None:
+    """By the own kernel, one token of each of `sequences`."""
+    if layer.k_scale_G is not None:
+        return None
+    tables = (batch.block_table_BM[sequences], batch.kv_lens_B[sequences])
+    return attend_last(q_BHD, layer.k, layer.v, *tables, window=batch.window, scale=batch.scale)
+
+
 def _attend_values(q_THD: Tensor, o_THD: Tensor, past: _Past, batch: Attending) -> None:
     layer, *where = past
-    if len(q_THD) == 1:
-        o_HD = attend_once(q_THD[0], layer.k, layer.v, *where, batch.scale)
-        if o_HD is not None:
-            o_THD[0] = o_HD
-            return
     k_GSD, v_GSD = _read(layer.k, *where), _read(layer.v, *where)
     if q_THD.dtype == torch.float16:
         # fp16 matrix products with several rows are scalar loops; see linear.
@@ -165,6 +184,19 @@ def _attend_codes_once(q_1HD: Tensor, o_1HD: Tensor, past: _Past, batch: Attendi
     for weights_GRP, piece in zip(scores_GRS.softmax(-1).split(size, -1), pieces, strict=True):
         o_GRD.baddbmm_(weights_GRP, _read_wide(layer.v, blocks, piece))
     o_1HD[0] = (o_GRD * v_scale_G[:, None, None]).flatten(0, 1)
+
+
+def rope_attention(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    batch: Attending,
+) -> Tensor:
+    q_THD = rope_write_kv(q_THD, k_TGD, v_TGD, cos_TC, sin_TC, layer, batch.slots_T)
+    return attention(q_THD, layer, batch)
 
 
 def _code_scales(layer: LayerCache) -> tuple[Tensor, Tensor]:

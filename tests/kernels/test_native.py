@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from engine import env
-from engine.kernels import cpu, cpu_int4, cpu_int8
+from engine.cache import LayerCache
+from engine.kernels import cpu, cpu_int4, cpu_int8, reference
 from engine.kernels.native import compiled, dense, int4, int8, rowwise
-from engine.kernels.native.attention import attend_once
+from engine.kernels.native.attention import attend_last
 from tests.kernels.helpers import DTYPES, TOLERANCES, Shape, assert_close, make_scene, random
 from tests.kernels.quantized import groups_layer, int4_layer, int8_layer
 
@@ -257,6 +258,31 @@ def test_rotation_of_heads_among_others(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("rowwise_library")
+@pytest.mark.parametrize("tokens", [1, 19])
+@DTYPES
+def test_rotation_into_the_cache(dtype: torch.dtype, tokens: int) -> None:
+    """Against the plain text; no other place of the cache is touched, and padding nowhere."""
+    qkv = random(tokens, 8 * 64, dtype=dtype)
+    q, k, v = (x.unflatten(1, (-1, 64)) for x in qkv.split([4 * 64, 2 * 64, 2 * 64], dim=1))
+    angle = random(tokens, 32, seed=2)
+    around = (angle.cos(), angle.sin())
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(3))[:tokens]
+    slots[tokens // 2 + 1 :: 3] = -1
+    stored, expected = (random(2, 5, 2, 8, 64, dtype=dtype, seed=4) for _ in range(2))
+    y = rowwise.rotate_and_write(q, k, v, *around, (stored[0], stored[1]), slots)
+    wanted = reference.rope_write_kv(q, k, v, *around, LayerCache(*expected), slots)
+    assert_close(y, wanted.double())
+    # Sums of two products are rounded once or twice.
+    assert_close(stored, expected.double())
+    untouched = torch.ones(5, 8, dtype=torch.bool)
+    untouched.view(-1)[slots[slots >= 0]] = False
+    before = random(2, 5, 2, 8, 64, dtype=dtype, seed=4).transpose(2, 3)
+    assert torch.equal(stored.transpose(2, 3)[:, untouched], before[:, untouched])
+    codes = torch.zeros(2, 5, 2, 8, 64, dtype=torch.int8)
+    assert rowwise.rotate_and_write(q, k, v, *around, (codes[0], codes[1]), slots) is None
+
+
+@pytest.mark.usefixtures("rowwise_library")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_results_are_rounded_as_pytorch_rounds(dtype: torch.dtype) -> None:
     """Every value of the dtype times numbers that make ties, overflows and subnormal values."""
@@ -272,23 +298,36 @@ def test_results_are_rounded_as_pytorch_rounds(dtype: torch.dtype) -> None:
     assert y[0, 0, 1] == -torch.inf
 
 
-@pytest.mark.parametrize("kv_len, block_tokens", [(1, 16), (45, 8), (300, 512)])
+@pytest.mark.parametrize("kv_lens, block_tokens", [([1, 45], 16), ([300], 512), ([3, 0, 70], 8)])
 @DTYPES
-def test_attention_of_one_token(
-    library, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kv_len: int, block_tokens: int
+def test_attention_of_last_tokens(
+    library,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    kv_lens: list[int],
+    block_tokens: int,
 ) -> None:
     found, shape = library("attention"), Shape(6, 2, 80)
     monkeypatch.setattr(compiled, "load", lambda name: found)
-    scene = make_scene([1], [kv_len], shape, block_tokens=block_tokens, dtype=dtype)
-    [blocks], [k_SGD], [v_SGD] = scene.batch.block_lists, scene.keys, scene.values
-    for first in (0, kv_len // 2):
-        seen = (scene.q_THD[0] * 4, scene.layer.k, scene.layer.v, blocks, range(first, kv_len))
-        y_HD = attend_once(*seen, 0.125)
-        q_GRD = seen[0].double().unflatten(0, (2, 3))
-        scores = torch.einsum("grd,sgd->grs", q_GRD, k_SGD[first:].double()) * 0.125
-        truth = torch.einsum("grs,sgd->grd", scores.softmax(-1), v_SGD[first:].double())
-        assert_close(y_HD, truth.flatten(0, 1))
-    assert attend_once(*seen[:1], *(t[..., :72] for t in seen[1:3]), *seen[3:], 1.0) is None
+    lens = [1 if length else 0 for length in kv_lens]
+    scene = make_scene(lens, kv_lens, shape, block_tokens=block_tokens, dtype=dtype)
+    q_BHD = random(len(kv_lens), 6, 80, dtype=dtype) * 4
+    tables = (scene.batch.block_table_BM, scene.batch.kv_lens_B)
+    seen = (q_BHD, scene.layer.k, scene.layer.v, *tables)
+    for window in (None, 1, 40):
+        y_BHD = attend_last(*seen, window=window, scale=0.125)
+        assert y_BHD.dtype == dtype
+        for q_HD, y_HD, k_SGD, v_SGD in zip(q_BHD, y_BHD, scene.keys, scene.values, strict=True):
+            if not len(k_SGD):
+                assert not y_HD.any()
+                continue
+            first = max(0, len(k_SGD) - (window or len(k_SGD)))
+            q_GRD = q_HD.double().unflatten(0, (2, 3))
+            scores = torch.einsum("grd,sgd->grs", q_GRD, k_SGD[first:].double()) * 0.125
+            truth = torch.einsum("grs,sgd->grd", scores.softmax(-1), v_SGD[first:].double())
+            assert_close(y_HD, truth.flatten(0, 1))
+    narrow = (q_BHD, *(t[..., :72] for t in seen[1:3]), *tables)
+    assert attend_last(*narrow, window=None, scale=1.0) is None
 
 
 @pytest.mark.parametrize("low", [0.0, -30.0, -1000.0])
@@ -298,7 +337,8 @@ def test_attention_weights_far_below_the_largest(low: float) -> None:
     keys[:, :, 7], values[:, :, 7] = 0, 3
     q = torch.zeros(1, 16)
     q[0, 0] = 1
-    y = attend_once(q, keys, values, [0], range(41), 1.0)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([41], dtype=torch.int32)
+    y = attend_last(q[None], keys, values, table, lens, window=None, scale=1.0)[0]
     rest = 40 * math.exp(low)
     assert torch.allclose(y, torch.tensor((3 + rest) / (1 + rest)), rtol=1e-6)
 

@@ -1,4 +1,4 @@
-// Attention of one token of one sequence over a paged cache of values, in one pass over it.
+// Attention of the last token of each sequence over a paged cache of values, in one pass over it.
 //
 // o[h] = softmax(scale * q[h] . k[s]) v[s] over positions first...stop - 1, in fp32. Query head h reads
 // kv head h / R. Keys and values are [blocks][G][block_tokens][D], D a multiple of 16.
@@ -94,46 +94,55 @@ void add_values(const float* weights, int64_t room, const float* values, int64_t
 }
 
 template <typename T>
-void attend_group(const float* q, const Cache<T>& keys, const Cache<T>& values, int64_t group,
-                  int64_t heads, int64_t first, int64_t stop, float scale, float* o) {
-  const int64_t count = stop - first, width = keys.width;
+void attend_group(const T* q, const Cache<T>& keys, const Cache<T>& values, int64_t group,
+                  int64_t heads, int64_t first, int64_t stop, float scale, T* o) {
+  const int64_t count = stop - first, width = keys.width, size = heads * width;
   const int64_t room = (count + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> scores(heads * room), tile(kTile * width);
+  std::vector<float> scores(heads * room), tile(kTile * width), wide(size), totals(size);
+  for (int64_t d = 0; d < size; d += kLanes) store_floats(wide.data() + d, load_floats(q + d));
   for (int64_t s = 0; s < count; s += kTile) {
-    const int64_t size = std::min(kTile, count - s);
-    keys.read(group, first + s, size, tile.data());
-    score(q, tile.data(), heads, size, width, scale, scores.data() + s, room);
+    const int64_t positions = std::min(kTile, count - s);
+    keys.read(group, first + s, positions, tile.data());
+    score(wide.data(), tile.data(), heads, positions, width, scale, scores.data() + s, room);
   }
   for (int64_t r = 0; r < heads; ++r) normalise(scores.data() + r * room, count);
-  std::fill(o, o + heads * width, 0.0f);
   for (int64_t s = 0; s < count; s += kTile) {
-    const int64_t size = std::min(kTile, count - s);
-    values.read(group, first + s, size, tile.data());
-    add_values(scores.data() + s, room, tile.data(), heads, size, width, o);
+    const int64_t positions = std::min(kTile, count - s);
+    values.read(group, first + s, positions, tile.data());
+    add_values(scores.data() + s, room, tile.data(), heads, positions, width, totals.data());
   }
+  for (int64_t d = 0; d < size; d += kLanes) store_floats(o + d, load_floats(totals.data() + d));
 }
 
 template <typename T>
-void attend(const float* q, const T* k, const T* v, const int32_t* blocks, int64_t block_tokens,
-            int64_t groups, int64_t heads, int64_t width, int64_t first, int64_t stop, float scale,
-            float* o, int threads) {
-  const Cache<T> keys{k, blocks, block_tokens, groups, width};
-  const Cache<T> values{v, blocks, block_tokens, groups, width};
+void attend(const T* q, const T* k, const T* v, const int32_t* table, int64_t table_width,
+            const int32_t* lengths, int64_t window, int64_t tokens, int64_t block_tokens,
+            int64_t groups, int64_t heads, int64_t width, float scale, T* o, int threads) {
   const int64_t size = heads * width;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t g = 0; g < groups; ++g)
-    attend_group(q + g * size, keys, values, g, heads, first, stop, scale, o + g * size);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t length = lengths[t], first = std::max<int64_t>(0, length - window);
+      const Cache<T> keys{k, table + t * table_width, block_tokens, groups, width};
+      const Cache<T> values{v, table + t * table_width, block_tokens, groups, width};
+      const int64_t at = (t * groups + g) * size;
+      if (length) attend_group(q + at, keys, values, g, heads, first, length, scale, o + at);
+      else std::fill(o + at, o + at + size, T{});
+    }
+  }
 }
 
 }  // namespace
 
-// q and o fp32 [G][R = heads][D = width]; blocks: the sequence's block numbers, in order.
-#define YI_ATTEND(name, T)                                                                       \
-  extern "C" void yi_attend_##name(const float* q, const T* k, const T* v, const int32_t* blocks, \
-                                   int64_t block_tokens, int64_t groups, int64_t heads,          \
-                                   int64_t width, int64_t first, int64_t stop, float scale,      \
-                                   float* o, int threads) {                                      \
-    attend(q, k, v, blocks, block_tokens, groups, heads, width, first, stop, scale, o, threads); \
+// q and o [tokens][G][R = heads][D = width]. Token t is the last of a sequence of lengths[t] positions,
+// in the blocks that row t of the table lists; it sees `window` of them at most. 0 gives zeros.
+#define YI_ATTEND(name, T)                                                                         \
+  extern "C" void yi_attend_##name(const T* q, const T* k, const T* v, const int32_t* table,       \
+                                   int64_t table_width, const int32_t* lengths, int64_t window,    \
+                                   int64_t tokens, int64_t block_tokens, int64_t groups,           \
+                                   int64_t heads, int64_t width, float scale, T* o, int threads) { \
+    attend(q, k, v, table, table_width, lengths, window, tokens, block_tokens, groups, heads,      \
+           width, scale, o, threads);                                                              \
   }
 
 YI_ATTEND(fp32, float)

@@ -3,10 +3,8 @@
 
 #include "products.h"
 
-extern "C" void yi_int4_multiply(const Product* product) {
-  if (product->is_scale_fp16) return multiply<Nibbles, Fp16>(*product);
-  multiply<Nibbles, float>(*product);
-}
+YI_MULTIPLY(yi_int4_multiply_fp16, Nibbles, Fp16)
+YI_MULTIPLY(yi_int4_multiply_fp32, Nibbles, float)
 
 // From the engine file's rows [N][K/2] in nibble blocks: byte j of a block holds input j in its low
 // and input block/2 + j in its high nibble. `packed` is whole blocks of rows, zeros where none are.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 
 from engine.kernels.native.product import Packed, PackedProduct, blocks_of_rows, in_blocks
+
+FUNCTIONS = {torch.float32: "yi_int4_multiply_fp32", torch.float16: "yi_int4_multiply_fp16"}
 
 
 def pack(
@@ -21,4 +24,4 @@ def pack(
     library.yi_int4_pack(*pointers, *sizes)
     zero = None if zero_NR is None else in_blocks(zero_NR)
     weights = Packed(outputs, 2 * width, packed, in_blocks(scale_NR), zero)
-    return PackedProduct(library.yi_int4_multiply, weights)
+    return PackedProduct(getattr(library, FUNCTIONS[scale_NR.dtype]), weights)

@@ -2,7 +2,7 @@
 
 #include "products.h"
 
-extern "C" void yi_int8_multiply(const Product* product) { multiply<WholeBytes, float>(*product); }
+YI_MULTIPLY(yi_int8_multiply, WholeBytes, float)
 
 // From int8 rows [N][K]: a line of a block is the next 4 codes of each row, plus 128. `packed` is
 // whole blocks of rows and whole lines, with any values where no codes are.

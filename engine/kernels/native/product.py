@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,45 +29,27 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
-class _Source(ctypes.Structure):
+# matrix, x, norm weight, eps, residual, y, tokens, dtype, digits, is_gated, threads
+_ARGUMENTS = (
+    *(_POINTER, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _SIZE),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+)
+
+
+class _Matrix(ctypes.Structure):
     _fields_ = (
-        ("x", _POINTER),
-        ("norm_weight", _POINTER),
-        ("given_scale", _POINTER),
-        ("count", _SIZE),
-        ("inputs", _SIZE),
-        ("groups", _SIZE),
-        ("eps", ctypes.c_float),
-        ("least_range", ctypes.c_float),
-        ("dtype", ctypes.c_int),
-    )
-
-
-class _Target(ctypes.Structure):
-    _fields_ = (
-        ("y", _POINTER),
-        ("residual", _POINTER),
-        ("width", _SIZE),
-        ("apart", _SIZE),
-        ("dtype", ctypes.c_int),
-    )
-
-
-class _Product(ctypes.Structure):
-    _fields_ = (
-        ("source", _Source),
         ("codes", _POINTER),
         ("scale", _POINTER),
         ("zero", _POINTER),
-        ("target", _Target),
-        ("is_scale_fp16", ctypes.c_int),
-        ("digits", ctypes.c_int),
-        ("threads", ctypes.c_int),
+        ("given_scale", _POINTER),
+        ("outputs", _SIZE),
+        ("inputs", _SIZE),
+        ("groups", _SIZE),
+        ("least_range", ctypes.c_float),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
+class Packed(NamedTuple):
     """Codes as their library packs them; scale [N/16, R, 16] fp16 or fp32, zero uint8 or None."""
 
     outputs: int
@@ -75,10 +57,6 @@ class Packed:
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
-
-    @property
-    def groups(self) -> int:
-        return self.scale.shape[1]
 
 
 class PackedProduct:
@@ -90,15 +68,20 @@ class PackedProduct:
 
     def __init__(
         self,
-        multiply: Callable[[object], None],
+        multiply: Any,
         packed: Packed,
         *,
         digits: Mapping[torch.dtype, int] = EXACT_DIGITS,
         input_scale: Tensor | None = None,
         least_range: float = MIN_TOKEN_RANGE,
     ):
-        self._multiply, self._packed, self._digits = multiply, packed, digits
-        self._input_scale, self._least_range = input_scale, least_range
+        multiply.argtypes = _ARGUMENTS
+        self._multiply, self._digits = multiply, digits
+        self.outputs, self.inputs = packed.outputs, packed.inputs
+        self._arrays = (packed.codes, packed.scale, packed.zero, input_scale)
+        sizes = (packed.outputs, packed.inputs, packed.scale.shape[1])
+        self._matrix = _Matrix(*map(_address, self._arrays), *sizes, least_range)
+        self._matrix_address = ctypes.addressof(self._matrix)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         return self._run(x_TK, None, False, None)
@@ -113,9 +96,9 @@ class PackedProduct:
     ) -> Tensor | None:
         """The product of RMSNorm's result, halved by SwiGLU, added to the residual; None for
         widths and dtypes that the kernel does not take."""
-        if norm is not None and (x_TK.shape[1] % LANES or norm[0].dtype != x_TK.dtype):
+        if norm is not None and (self.inputs % LANES or norm[0].dtype != x_TK.dtype):
             return None
-        if is_gated and self._packed.outputs % (2 * ROWS):
+        if is_gated and self.outputs % (2 * ROWS):
             return None
         if residual_TN is not None and residual_TN.dtype != x_TK.dtype:
             return None
@@ -128,25 +111,26 @@ class PackedProduct:
         is_gated: bool,
         residual_TN: Tensor | None,
     ) -> Tensor:
-        packed, x_TK = self._packed, x_TK.contiguous()
-        (count, inputs), dtype = x_TK.shape, _DTYPES[x_TK.dtype]
-        assert inputs == packed.inputs
-        width = packed.outputs // 2 if is_gated else packed.outputs
-        y_TN = torch.empty(count, width, dtype=x_TK.dtype)
-        norm_weight_K, eps = (None, 0.0) if norm is None else norm
-        # Copies, where there are any, live until the call is over.
-        around = [None if t is None else t.contiguous() for t in (norm_weight_K, residual_TN)]
-        norm_weight, residual = map(_address, around)
-        source = _Source(
-            _address(x_TK), norm_weight, _address(self._input_scale),
-            count, inputs, packed.groups, eps, self._least_range, dtype,
-        )  # fmt: skip
-        target = _Target(_address(y_TN), residual, width, width // ROWS if is_gated else 0, dtype)
-        product = _Product(
-            source, _address(packed.codes), _address(packed.scale), _address(packed.zero), target,
-            packed.scale.dtype == torch.float16, self._digits[x_TK.dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        self._multiply(ctypes.byref(product))
+        assert x_TK.shape[1] == self.inputs
+        x_TK, dtype = x_TK.contiguous(), x_TK.dtype
+        width = self.outputs // 2 if is_gated else self.outputs
+        y_TN = torch.empty(len(x_TK), width, dtype=dtype)
+        weight_K, eps = (None, 0.0) if norm is None else norm
+        # Where it is a copy, it lives until the call is over.
+        residual_TN = None if residual_TN is None else residual_TN.contiguous()
+        self._multiply(
+            self._matrix_address,
+            x_TK.data_ptr(),
+            _address(weight_K),
+            eps,
+            _address(residual_TN),
+            y_TN.data_ptr(),
+            len(x_TK),
+            _DTYPES[dtype],
+            self._digits[dtype],
+            is_gated,
+            torch.get_num_threads(),
+        )
         return y_TN
 
 

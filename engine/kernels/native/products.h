@@ -38,14 +38,23 @@ struct Target {
   }
 };
 
-// The arguments of a product, as native/product.py has them.
-struct Product {
-  Source source;
-  const uint8_t* codes;
-  const void* scale;  // fp16 if `is_scale_fp16`, else fp32
-  const uint8_t* zero;
-  Target target;
-  int is_scale_fp16, digits, threads;
+// A packed matrix, as native/product.py has it: N = `outputs`, K = `inputs`.
+struct Matrix {
+  const uint8_t* codes;      // blocks of 16 rows
+  const void* scale;         // [N/16][R][16] fp16 or fp32
+  const uint8_t* zero;       // as scale, or null for the codes' middle
+  const float* given_scale;  // of tokens, see Source
+  int64_t outputs, inputs, groups;
+  float least_range;
+};
+
+// Tokens, what is around their product, and the number of digits they are written with.
+struct Call {
+  const void *x, *norm_weight, *residual;
+  void* y;
+  int64_t count;
+  float eps;
+  int dtype, digits, is_gated, threads;
 };
 
 namespace {
@@ -211,14 +220,25 @@ void multiply(const Source& source, const Weights<Scale>& w, const Target& targe
 }
 
 template <typename Codes, typename Scale>
-void multiply(const Product& p) {
+void multiply(const Matrix& m, const Call& call) {
   constexpr int64_t kChunk = Codes::kFours * kFour;
-  const int64_t lines = (p.source.inputs / p.source.groups + kChunk - 1) / kChunk;
-  const auto* scale = static_cast<const Scale*>(p.scale);
-  const Weights<Scale> w{p.codes, scale, p.zero, p.source.groups, lines};
-  if (p.digits == 1) return multiply<Codes, 1>(p.source, w, p.target, p.threads);
-  if (p.digits == 2) return multiply<Codes, 2>(p.source, w, p.target, p.threads);
-  multiply<Codes, 4>(p.source, w, p.target, p.threads);
+  const int64_t lines = (m.inputs / m.groups + kChunk - 1) / kChunk;
+  const Weights<Scale> w{m.codes, static_cast<const Scale*>(m.scale), m.zero, m.groups, lines};
+  const Source source{call.x,   call.norm_weight, m.given_scale, call.count, m.inputs,
+                      m.groups, call.eps,         m.least_range, call.dtype};
+  const int64_t width = call.is_gated ? m.outputs / 2 : m.outputs;
+  const Target target{call.y, call.residual, width, call.is_gated ? width / kRows : 0, call.dtype};
+  if (call.digits == 1) return multiply<Codes, 1>(source, w, target, call.threads);
+  if (call.digits == 2) return multiply<Codes, 2>(source, w, target, call.threads);
+  multiply<Codes, 4>(source, w, target, call.threads);
 }
 
 }  // namespace
+
+#define YI_MULTIPLY(name, Codes, Scale)                                                           \
+  extern "C" void name(const Matrix* matrix, const void* x, const void* norm_weight, float eps,   \
+                       const void* residual, void* y, int64_t count, int dtype, int digits,       \
+                       int is_gated, int threads) {                                               \
+    multiply<Codes, Scale>(*matrix, {x, norm_weight, residual, y, count, eps, dtype, digits,      \
+                                     is_gated, threads});                                         \
+  }

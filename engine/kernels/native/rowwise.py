@@ -16,6 +16,14 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Widths are whole vectors.
 LANES = 16
 
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+# q, k, v and their tokens' distances, cos, sin, slots, rotated q, both caches, tokens, heads,
+# groups, half a head, block tokens, threads
+_WRITE_ARGUMENTS = (
+    *(_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _POINTER),
+    *(_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, ctypes.c_int),
+)
+
 
 def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor | None:
     library = compiled.load("rowwise")
@@ -50,6 +58,39 @@ def rotate(x_THD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor | None:
         torch.get_num_threads(),
     )
     return y_THD
+
+
+def rotate_and_write(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    cache: tuple[Tensor, Tensor],
+    slots_T: Tensor,
+) -> Tensor | None:
+    """`api.rope_write_kv` into a cache that stores the dtype of q, k and v; tokens may lie
+    apart, their heads may not."""
+    library, dtype = compiled.load("rowwise"), q_THD.dtype
+    tokens, heads, head_dim = q_THD.shape
+    groups, half, rows = k_TGD.shape[1], head_dim // 2, (q_THD, k_TGD, v_TGD)
+    is_whole = half % LANES == 0 and all(x.stride()[1:] == (head_dim, 1) for x in rows)
+    others = (cos_TC, sin_TC, slots_T, *cache)
+    if library is None or not (is_whole and all(t.is_contiguous() for t in others)):
+        return None
+    if any(stored.dtype != dtype for stored in cache) or slots_T.dtype != torch.int64:
+        return None
+    q_out_THD = torch.empty(q_THD.shape, dtype=dtype)
+    write = getattr(library, f"yi_rotate_and_write_{NAMES[dtype]}")
+    write.argtypes = _WRITE_ARGUMENTS
+    write(
+        *(q_THD.data_ptr(), k_TGD.data_ptr(), v_TGD.data_ptr()),
+        *(x.stride(0) for x in rows),
+        *(cos_TC.data_ptr(), sin_TC.data_ptr(), slots_T.data_ptr(), q_out_THD.data_ptr()),
+        *(cache[0].data_ptr(), cache[1].data_ptr(), tokens, heads, groups, half),
+        *(cache[0].shape[2], torch.get_num_threads()),
+    )
+    return q_out_THD
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
