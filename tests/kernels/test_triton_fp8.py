@@ -194,3 +194,11 @@ def test_the_smoother_divides_before_tokens_are_rounded(
     y = linear.fused(x.to(DEVICE), residual_TN=residual.to(DEVICE))
     assert y is not None
     assert_close(y, truth + residual.double())
+
+
+def test_what_follows_a_product_compiles_without_spills() -> None:
+    """All: `python -m tests.kernels.triton_compile tests.kernels.linear_fp8_cases`."""
+    output = triton_mode.run_compiled(
+        "tests.kernels.triton_compile", "tests.kernels.linear_fp8_cases", "90", "--first=4"
+    )
+    assert output.count(" 0 bytes spilled") == len(output.splitlines()) == 4
