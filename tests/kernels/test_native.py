@@ -78,6 +78,23 @@ def test_int4_keeps_what_outliers_leave_of_a_token(library) -> None:
     assert (y.double() - truth).norm() < truth.norm() * torch.finfo(x.dtype).eps
 
 
+def test_prompts_of_one_digit_are_rounded_by_groups(library) -> None:
+    """The tokens' codes by hand, a group at a time; few tokens are written exactly."""
+    layer = groups_layer(48, 256, 64, torch.float16, has_zero=True)
+    one = {torch.bfloat16: 1}
+    product = int4.pack(library("int4"), *layer.arrays, prompt_digits=one)
+    x = random(40, 256, dtype=torch.bfloat16)
+    x[:, 3] = 100
+    groups = x.double().unflatten(1, (4, 64))
+    steps = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / steps).round() * steps).flatten(1)
+    error = (product(x).double() - rounded @ layer.matrix.T).norm()
+    assert error < (rounded @ layer.matrix.T).norm() * 3e-3
+    assert (x.double() - rounded).norm() > x.double().norm() * 3e-3
+    assert_close(product(x[:15]), x[:15].double() @ layer.matrix.T)
+    assert torch.equal(product(x[:15]), int4.pack(library("int4"), *layer.arrays)(x[:15]))
+
+
 def test_int4_tokens_of_zeros_and_of_nan(library) -> None:
     layer = groups_layer(20, 64, 32, torch.float16, has_zero=True)
     x = random(4, 64, dtype=torch.bfloat16)

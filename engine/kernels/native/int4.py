@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ FUNCTIONS = {torch.float32: "yi_int4_multiply_fp32", torch.float16: "yi_int4_mul
 
 
 def pack(
-    library: ctypes.CDLL, codes_NB: Tensor, scale_NR: Tensor, zero_NR: Tensor | None, block: int
+    library: ctypes.CDLL,
+    codes_NB: Tensor,
+    scale_NR: Tensor,
+    zero_NR: Tensor | None,
+    block: int,
+    prompt_digits: Mapping[torch.dtype, int] | None = None,
 ) -> PackedProduct:
     """x [T, K] → x @ ((codes - zero) · scale)ᵀ: codes uint8 [N, K/2] in nibble blocks of `block`
     inputs, scale fp16 or fp32 [N, R], zero uint8 [N, R] or None for 8."""
@@ -24,4 +30,5 @@ def pack(
     library.yi_int4_pack(*pointers, *sizes)
     zero = None if zero_NR is None else in_blocks(zero_NR)
     weights = Packed(outputs, 2 * width, packed, in_blocks(scale_NR), zero)
-    return PackedProduct(getattr(library, FUNCTIONS[scale_NR.dtype]), weights)
+    multiply = getattr(library, FUNCTIONS[scale_NR.dtype])
+    return PackedProduct(multiply, weights, prompt_digits=prompt_digits)

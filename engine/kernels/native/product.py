@@ -22,6 +22,8 @@ EXACT_DIGITS: Mapping[torch.dtype, int] = {
     torch.float16: 2,
     torch.bfloat16: 2,
 }
+# From this many tokens on, the time is that of byte products, not of memory.
+PROMPT_TOKENS = 16
 # A token of smaller values loses bits.
 MIN_TOKEN_RANGE = 1e-30
 
@@ -60,10 +62,11 @@ class Packed(NamedTuple):
 
 
 class PackedProduct:
-    """x [T, K] → x @ wᵀ [T, N] in x's dtype; no result depends on the batch it is computed in.
+    """x [T, K] → x @ wᵀ [T, N] in x's dtype.
 
     `digits` is by x's dtype. One digit is a rounding to int8, by `input_scale` fp32 [1] or by each
-    token's range, which is taken as `least_range` at least.
+    token's range, group by group, which is taken as `least_range` at least. From PROMPT_TOKENS
+    tokens on `prompt_digits` counts instead; without it no result depends on its batch.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class PackedProduct:
         packed: Packed,
         *,
         digits: Mapping[torch.dtype, int] = EXACT_DIGITS,
+        prompt_digits: Mapping[torch.dtype, int] | None = None,
         input_scale: Tensor | None = None,
         least_range: float = MIN_TOKEN_RANGE,
     ):
         multiply.argtypes = _ARGUMENTS
         self._multiply, self._digits = multiply, digits
+        self._prompt_digits = prompt_digits or digits
         self.outputs, self.inputs = packed.outputs, packed.inputs
         self._arrays = (packed.codes, packed.scale, packed.zero, input_scale)
         sizes = (packed.outputs, packed.inputs, packed.scale.shape[1])
@@ -115,6 +120,7 @@ class PackedProduct:
         x_TK, dtype = x_TK.contiguous(), x_TK.dtype
         width = self.outputs // 2 if is_gated else self.outputs
         y_TN = torch.empty(len(x_TK), width, dtype=dtype)
+        digits = self._digits if len(x_TK) < PROMPT_TOKENS else self._prompt_digits
         weight_K, eps = (None, 0.0) if norm is None else norm
         # Where it is a copy, it lives until the call is over.
         residual_TN = None if residual_TN is None else residual_TN.contiguous()
@@ -127,7 +133,7 @@ class PackedProduct:
             y_TN.data_ptr(),
             len(x_TK),
             _DTYPES[dtype],
-            self._digits[dtype],
+            digits[dtype],
             is_gated,
             torch.get_num_threads(),
         )
