@@ -36,7 +36,11 @@ BLOCKS = (1, 2, 16)
 # Positions before a prompt: whole long ones go to a library, which has nothing to compile.
 PREFIX = 1
 GREEDY = SamplingParams(max_new_tokens=2)
-SAMPLING = (GREEDY, replace(GREEDY, top_k=8, top_p=0.9, temperature=0.7))
+SAMPLING = (
+    GREEDY,
+    replace(GREEDY, top_k=8, top_p=0.9, temperature=0.7, end_ids=(2, 7)),
+    replace(GREEDY, top_k=0, repetition_penalty=1.1, stop_words=((3, 4),), log_probs=True),
+)
 
 
 class Absent:

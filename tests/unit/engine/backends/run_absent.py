@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from engine.tactics import find_cases
 
 # Lengths of prompts that answer together; none is a number of tokens that the build traces.
 BATCHES = ((5,), (40,), (3, 19), (33, 29))
+REQUEST = SamplingParams(max_new_tokens=8)
 
 
 class Eager:
@@ -44,15 +46,19 @@ class Eager:
         return loop, partial(loop.advance, self._network, cache)
 
 
-def answer(trace: Trace, window: int | None = None) -> None:
+def answer(
+    trace: Trace,
+    batches: Sequence[Sequence[int]] = BATCHES,
+    params: SamplingParams = REQUEST,
+    window: int | None = None,
+) -> None:
     """Two decode steps after the prompts of each batch."""
-    session = Session(trace._engine, trace._network, World(), trace._parallel, window)
-    session._graphs = Eager(trace._network)
-    for lengths in BATCHES:
-        params = [SamplingParams(max_new_tokens=8)] * len(lengths)
+    for lengths in batches:
+        session = Session(trace._engine, trace._network, World(), trace._parallel, window)
+        session._graphs = Eager(trace._network)
         prompts = [[1] * length for length in lengths]
         steps = session._open_batch(
-            prompts, params, context_logits=False, generation_logits=False
+            prompts, [params] * len(prompts), context_logits=False, generation_logits=False
         ).run()
         for _ in range(3):
             next(steps)

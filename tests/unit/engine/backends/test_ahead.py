@@ -17,6 +17,12 @@ from tests.kernels.triton_mode import run_compiled
 pytest.importorskip("triton")
 
 LIMITS = ("--max_batch_size", 2, "--max_input_len", 64, "--max_output_len", 32)
+# A model without a checkpoint, whose layers have the groups of 128 inputs that AWQ wants.
+SHAPE = (
+    "--n_layer=3", "--n_embd=512", "--n_head=8", "--n_kv_head=2", "--inter_size=768",
+    "--vocab_size=1000", "--max_input_len=600", "--max_output_len=60", "--max_batch_size=6",
+    "--log_level=error",
+)  # fmt: skip
 MODEL = ("--model_dir", ROOT / "models" / "tiny-yi", "--log_level", "error")
 
 
@@ -44,6 +50,28 @@ def test_a_run_finds_every_kernel_of_the_build(engine, tmp_path):
     assert has_launchers
     # A window is not traced: the test sees a kernel that is missing.
     assert with_window[1] > 0
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Engines whose steps launch different kernels, as far as possible each."""
+    folders = []
+    for flags in (
+        "--use_weight_only --weight_only_precision int4_awq --tp_size 2 --use_parallel_embedding",
+        "--enable_fp8 --fp8_kv_cache --paged_kv_cache",
+        "--use_smooth_quant --per_token --dtype float16 --max_num_tokens 200",
+    ):
+        folders.append(tmp_path_factory.mktemp("engine"))
+        result = run_here(*SHAPE, *flags.split(), "--output_dir", folders[-1])
+        assert result.status == 0, result.stderr
+    return folders
+
+
+def test_the_trace_makes_every_launch_of_a_run(engines):
+    output = run_compiled("tests.unit.engine.backends.run_recorded", *map(str, engines))
+    counts = json.loads(output)
+    assert [missing for _, missing in counts] == [[], [], []]
+    assert min(launches for launches, _ in counts) > 15
 
 
 def test_the_file_holds_what_config_json_says(engine):
