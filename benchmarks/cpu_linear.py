@@ -1,6 +1,6 @@
 """Which way to compute y = x @ wᵀ on this CPU: the measurement behind engine/kernels/cpu.py.
 
-    python -m benchmarks.cpu_linear [bfloat16] [float16] [float32] [int4]
+    python -m benchmarks.cpu_linear [bfloat16] [float16] [float32] [int4] [int8] [w8a8]
 
 Times the candidates on Yi-6B's matrices and on small ones, T tokens at a time, and prints a
 Markdown row each: milliseconds, the 10th percentile of single calls. Weights rotate through
@@ -14,12 +14,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels import cpu, cpu_int4
+from engine.kernels import cpu, cpu_int4, cpu_int8
 from engine.kernels.native import compiled, dense
 
 SHAPES_NK = {
@@ -110,17 +111,43 @@ def measure(name: str, dtype: torch.dtype) -> None:
         print(f"| {name} {outputs}x{inputs} | {tokens} | {' | '.join(times)} |", flush=True)
 
 
-def measure_int4(name: str) -> None:
-    """AWQ's layout, groups of 128 inputs, by PyTorch's operations and by the own kernel."""
-    outputs, inputs = SHAPES_NK[name]
-    copies = min(MAX_COPIES, int(ROTATED_BYTES / (outputs * inputs / 2)) + 2)
+class Quantised(NamedTuple):
+    """A mode: random arrays of a layer [N, K], bytes a weight, and the ways to bind them."""
+
+    arrays: Callable[[int, int], tuple[Any, ...]]
+    bytes: float
+    ways: tuple[Callable[..., Callable[[Tensor], Tensor]], ...]
+
+
+def int4_arrays(outputs: int, inputs: int) -> tuple[Any, ...]:
+    """AWQ's layout, groups of 128 inputs."""
+    codes_NB = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
     scale_NR = torch.full((outputs, inputs // INT4_GROUP), 0.01).half()
-    layers = []
-    for _ in range(copies):
-        codes_NB = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-        layers.append((codes_NB, scale_NR, None, INT4_BLOCK))
-    ways = (cpu_int4.TorchInt4Groups, cpu_int4.bind_groups)
-    prepared = [[way(*layer) for layer in layers] for way in ways]
+    return codes_NB, scale_NR, None, INT4_BLOCK
+
+
+def int8_arrays(outputs: int, inputs: int) -> tuple[Any, ...]:
+    codes_NK = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    return codes_NK, torch.full((outputs,), 0.01)
+
+
+# Name → mode; PyTorch's operations first, then what is chosen where there is a compiler.
+QUANTISED = {
+    "int4": Quantised(int4_arrays, 0.5, (cpu_int4.TorchInt4Groups, cpu_int4.bind_groups)),
+    "int8": Quantised(int8_arrays, 1, (cpu_int8.TorchInt8Weights, cpu_int8.bind_weights)),
+    "w8a8": Quantised(
+        lambda outputs, inputs: (*int8_arrays(outputs, inputs), None),
+        1,
+        (cpu_int8.TorchInt8Activations, cpu_int8.bind_activations),
+    ),
+}
+
+
+def measure_quantised(name: str, mode: Quantised) -> None:
+    outputs, inputs = SHAPES_NK[name]
+    copies = min(MAX_COPIES, int(ROTATED_BYTES / (outputs * inputs * mode.bytes)) + 2)
+    layers = [mode.arrays(outputs, inputs) for _ in range(copies)]
+    prepared = [[way(*layer) for layer in layers] for way in mode.ways]
     for tokens in TOKENS:
         x_TK = torch.randn(tokens, inputs).to(torch.bfloat16)
         first, second = (products[0](x_TK) for products in prepared)
@@ -133,14 +160,14 @@ def measure_int4(name: str) -> None:
 
 
 def main() -> None:
-    chosen_types = sys.argv[1:] or [*(str(dtype)[6:] for dtype in CANDIDATES), "int4"]
+    wanted = sys.argv[1:] or [*(str(dtype)[6:] for dtype in CANDIDATES), *QUANTISED]
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    if "int4" in chosen_types:
-        print("\n| int4, groups of 128 | T | PyTorch | native |\n|---|---|---|---|")
+    for kind in (name for name in QUANTISED if name in wanted):
+        print(f"\n| {kind} | T | PyTorch | native |\n|---|---|---|---|")
         for name in SHAPES_NK:
-            measure_int4(name)
-    for dtype in (getattr(torch, name) for name in chosen_types if name != "int4"):
+            measure_quantised(name, QUANTISED[kind])
+    for dtype in (getattr(torch, name) for name in wanted if name not in QUANTISED):
         names = [candidate.__name__ for candidate in CANDIDATES[dtype]]
         print(f"\n| {dtype} | T | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
         for name in SHAPES_NK:

@@ -111,7 +111,7 @@ class _Past(NamedTuple):
 def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     """Sequence by sequence, so that a result does not depend on what else is in the batch."""
     if all(count == 1 for count in batch.query_lens):
-        o_THD = _attend_last(q_THD, layer, batch, slice(None))
+        o_THD = _attend_last(q_THD, layer, batch, batch.block_table_BM, batch.kv_lens_B)
         if o_THD is not None:
             return o_THD
     o_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
@@ -122,7 +122,8 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
             o.zero_()
             continue
         if len(q) == 1:
-            own_1HD = _attend_last(q, layer, batch, slice(b, b + 1))
+            tables = (batch.block_table_BM[b : b + 1], batch.kv_lens_B[b : b + 1])
+            own_1HD = _attend_last(q, layer, batch, *tables)
             if own_1HD is not None:
                 o.copy_(own_1HD)
                 continue
@@ -138,13 +139,14 @@ def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
 
 
 def _attend_last(
-    q_BHD: Tensor, layer: LayerCache, batch: Attending, sequences: slice
+    q_BHD: Tensor, layer: LayerCache, batch: Attending, block_table_BM: Tensor, kv_lens_B: Tensor
 ) -> Tensor | None:
-    """By the own kernel, one token of each of `sequences`."""
+    """By the own kernel, one token of each sequence of the tables."""
     if layer.k_scale_G is not None:
         return None
-    tables = (batch.block_table_BM[sequences], batch.kv_lens_B[sequences])
-    return attend_last(q_BHD, layer.k, layer.v, *tables, window=batch.window, scale=batch.scale)
+    cache = (layer.k, layer.v)
+    tables = (block_table_BM, kv_lens_B)
+    return attend_last(q_BHD, *cache, *tables, window=batch.window, scale=batch.scale)
 
 
 def _attend_values(q_THD: Tensor, o_THD: Tensor, past: _Past, batch: Attending) -> None:

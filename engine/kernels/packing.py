@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -25,14 +25,18 @@ class Packing:
     """A product with its `fused` form (see engine/layers/linear.py), which is being made."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any):
-        self._product = start(make, *arguments)
+        self._pending = start(make, *arguments)
+
+    @cached_property
+    def _product(self) -> Any:
+        return self._pending.result()
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        y_TN: Tensor = self._product.result()(x_TK)
+        y_TN: Tensor = self._product(x_TK)
         return y_TN
 
     def fused(self, x_TK: Tensor, **around: Any) -> Tensor | None:
-        y_TN: Tensor | None = self._product.result().fused(x_TK, **around)
+        y_TN: Tensor | None = self._product.fused(x_TK, **around)
         return y_TN
 
 

@@ -329,7 +329,8 @@ def test_attention_of_last_tokens(
     lens = [1 if length else 0 for length in kv_lens]
     scene = make_scene(lens, kv_lens, shape, block_tokens=block_tokens, dtype=dtype)
     q_BHD = random(len(kv_lens), 6, 80, dtype=dtype) * 4
-    tables = (scene.batch.block_table_BM, scene.batch.kv_lens_B)
+    wide_table = torch.nn.functional.pad(scene.batch.block_table_BM, (0, 5), value=-1)
+    tables = (wide_table[:, :-5], scene.batch.kv_lens_B)
     seen = (q_BHD, scene.layer.k, scene.layer.v, *tables)
     for window in (None, 1, 40):
         y_BHD = attend_last(*seen, window=window, scale=0.125)

@@ -115,7 +115,7 @@ void attend_group(const T* q, const Cache<T>& keys, const Cache<T>& values, int6
 }
 
 template <typename T>
-void attend(const T* q, const T* k, const T* v, const int32_t* table, int64_t table_width,
+void attend(const T* q, const T* k, const T* v, const int32_t* table, int64_t table_stride,
             const int32_t* lengths, int64_t window, int64_t tokens, int64_t block_tokens,
             int64_t groups, int64_t heads, int64_t width, float scale, T* o, int threads) {
   const int64_t size = heads * width;
@@ -123,8 +123,8 @@ void attend(const T* q, const T* k, const T* v, const int32_t* table, int64_t ta
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t length = lengths[t], first = std::max<int64_t>(0, length - window);
-      const Cache<T> keys{k, table + t * table_width, block_tokens, groups, width};
-      const Cache<T> values{v, table + t * table_width, block_tokens, groups, width};
+      const Cache<T> keys{k, table + t * table_stride, block_tokens, groups, width};
+      const Cache<T> values{v, table + t * table_stride, block_tokens, groups, width};
       const int64_t at = (t * groups + g) * size;
       if (length) attend_group(q + at, keys, values, g, heads, first, length, scale, o + at);
       else std::fill(o + at, o + at + size, T{});
@@ -134,14 +134,15 @@ void attend(const T* q, const T* k, const T* v, const int32_t* table, int64_t ta
 
 }  // namespace
 
-// q and o [tokens][G][R = heads][D = width]. Token t is the last of a sequence of lengths[t] positions,
-// in the blocks that row t of the table lists; it sees `window` of them at most. 0 gives zeros.
+// q and o [tokens][G][R = heads][D = width]. Token t is the last of a sequence of lengths[t]
+// positions, in the blocks that row t of the table lists; it sees `window` of them at most, and of
+// none it gets zeros.
 #define YI_ATTEND(name, T)                                                                         \
   extern "C" void yi_attend_##name(const T* q, const T* k, const T* v, const int32_t* table,       \
-                                   int64_t table_width, const int32_t* lengths, int64_t window,    \
+                                   int64_t table_stride, const int32_t* lengths, int64_t window,   \
                                    int64_t tokens, int64_t block_tokens, int64_t groups,           \
                                    int64_t heads, int64_t width, float scale, T* o, int threads) { \
-    attend(q, k, v, table, table_width, lengths, window, tokens, block_tokens, groups, heads,      \
+    attend(q, k, v, table, table_stride, lengths, window, tokens, block_tokens, groups, heads,     \
            width, scale, o, threads);                                                              \
   }
 

@@ -1,5 +1,5 @@
-// Products of tokens with 4-bit weights, whose scales and zeros belong to groups of inputs, multiples
-// of 32 of them: see products.h.
+// Products of tokens with 4-bit weights, whose scales and zeros belong to groups of a multiple of 32
+// inputs: see products.h.
 
 #include "products.h"
 

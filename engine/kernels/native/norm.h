@@ -1,4 +1,5 @@
-// RMSNorm of a token: round(x / sqrt(mean(x^2) + eps)) * weight, for widths that are multiples of 16.
+// RMSNorm of a token, round(x / sqrt(mean(x^2) + eps)) * weight, for widths that are multiples of
+// 16.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // Products of tokens with codes of a few bits, by a CPU's byte-product instructions.
 //
-// y[m][n] = sum over groups g of scale[n][g] * step[m][g] *
-//           sum over inputs k of g of (code[n][k] - zero[n][g]) * (digit0[m][k] + digit1[m][k] / 254...)
+// y[m][n] = sum over groups g of scale[n][g] * step[m][g] * sum over inputs k of g of
+//           (code[n][k] - zero[n][g]) * (digit0[m][k] + digit1[m][k] / 254 + ...)
 //
 // Sums of products of digits and codes are exact, and are added up in the same order however many
 // tokens there are. SwiGLU and a residual are applied to the sums, which are rounded once.
@@ -158,8 +158,10 @@ void multiply_block(const Weights<Scale>& w, const Digits& tile, int64_t block, 
       Codes::read(codes, fours);
       __builtin_prefetch(codes + kAhead);
       for (int j = 0; j < Codes::kFours; ++j, words += kWidth)
-        for (int i = 0; i < kWidth; ++i)
-          sums[i][j % kWays] = add_products<Codes::kLargest>(sums[i][j % kWays], fours[j], words[i]);
+        for (int i = 0; i < kWidth; ++i) {
+          Ints& sum = sums[i][j % kWays];
+          sum = add_products<Codes::kLargest>(sum, fours[j], words[i]);
+        }
     }
     const Floats scale = load_floats(w.scale + at);
     for (int m = 0; m < Count; ++m) {

@@ -50,9 +50,9 @@ void rotate(const T* x, int64_t x_stride, const float* cos, const float* sin, T*
 // own; tokens lie the strides apart, their heads are next to each other.
 template <typename T>
 void rotate_and_write(const T* q, const T* k, const T* v, int64_t q_stride, int64_t k_stride,
-                      int64_t v_stride, const float* cos, const float* sin, const int64_t* slots, T* q_out, T* k_cache, T* v_cache,
-                      int64_t tokens, int64_t heads, int64_t groups, int64_t half,
-                      int64_t block_tokens, int threads) {
+                      int64_t v_stride, const float* cos, const float* sin, const int64_t* slots,
+                      T* q_out, T* k_cache, T* v_cache, int64_t tokens, int64_t heads,
+                      int64_t groups, int64_t half, int64_t block_tokens, int threads) {
   const int64_t width = 2 * half, apart = block_tokens * width;
 #pragma omp parallel for num_threads(threads) if (tokens > kFew) schedule(static)
   for (int64_t t = 0; t < tokens; ++t) {

@@ -1,8 +1,8 @@
 // Tokens as int8 digits, in the order in which products read them.
 //
-// A token's values are whole numbers of digits times a step: digit 0 + digit 1 / 254 + ..., where
-// the step is 1/127 of the largest magnitude in each group of inputs, unless it is given. Two digits
-// are 15 bits below that magnitude, more than 16-bit types hold, and four are enough for fp32.
+// A value is (digit 0 + digit 1 / 254 + ...) times a step, which is 1/127 of the largest magnitude
+// in each group of the token's inputs, unless it is given. Two digits are 15 bits below that
+// magnitude, more than 16-bit types hold, and four are enough for fp32.
 
 #pragma once
 
