@@ -37,10 +37,9 @@ def quantize(
     if isinstance(weights, Dense) and quant.algorithm is not Algorithm.NONE:
         if quant.algorithm is Algorithm.FP8 and weights.input_scale is not None:
             return quantize_fp8(weights)
-        if quant.algorithm in _ROUNDERS:
-            return _round(weights, _ROUNDERS[quant.algorithm])
-        if is_dummy:
-            return _round(weights, _dummy_rounder(quant))
+        rounder = _dummy_rounder(quant) if is_dummy else _ROUNDERS.get(quant.algorithm)
+        if rounder is not None:
+            return _round(weights, rounder)
         raise UserError(f"'{quant}' {_REMEDIES[quant.algorithm]}")
     _require_fit(weights.sketch if isinstance(weights, Deferred) else weights, quant)
     return weights
@@ -114,14 +113,19 @@ _ROUNDERS = {
 }
 
 # Inputs of a model with random weights are normed and stay within some standard deviations.
-DUMMY_INPUT_SCALE = 6.0 / numerics.INT8_MAX
+DUMMY_INPUT_RANGE = 6.0
 
 
 def _dummy_rounder(quant: QuantConfig) -> Rounder:
-    """Rounds to the nearest where a real build needs calibration."""
+    """Rounds to the nearest where a real build needs calibration; FP8 is as if calibrated."""
     if quant.algorithm is Algorithm.W8A8_SQ:
-        input_scale = None if quant.per_token else DUMMY_INPUT_SCALE
+        input_scale = None if quant.per_token else DUMMY_INPUT_RANGE / numerics.INT8_MAX
         return Rounder(partial(Int8, input_scale=input_scale), torch.int8, numerics.int8_rows)
+    if quant.algorithm is Algorithm.FP8:
+        input_scale = DUMMY_INPUT_RANGE / numerics.FP8_MAX
+        return Rounder(partial(Fp8, input_scale=input_scale), numerics.FP8, numerics.fp8_rows)
+    if quant.algorithm in _ROUNDERS:
+        return _ROUNDERS[quant.algorithm]
     return Rounder(
         partial(Int4Groups, group_size=quant.group_size),
         torch.uint8,

@@ -32,8 +32,6 @@ IS_COMPILED = not triton.knobs.runtime.interpret
 CHUNK_BYTES = 16
 # Tokens are read in words of so many bytes.
 WORD_BYTES = 8
-# Warps of a multiprocessor that programs with a whole token in their registers leave room for.
-RESIDENT_WARPS = 16
 
 
 class Around(NamedTuple):
@@ -137,7 +135,7 @@ def multiply_token(
         )  # fmt: skip
     else:
         chunks = triton.cdiv(words.shape[1] * words.element_size(), CHUNK_BYTES)
-        programs = _resident(grid[0], config.warps, x_1K.device)
+        programs = _resident(grid[0], config.resident, x_1K.device)
         _gemv_nibbles[(programs,)](
             y_1N, x_1K, words, weights.scale, weights.zero_NR, norm_K, around.residual_1N,
             *sizes, weights.group or weights.inputs, eps,
@@ -193,9 +191,9 @@ def _launch(y_1N: Tensor, config: Config, around: Around) -> tuple[tuple[int], d
     return (triton.cdiv(y_1N.shape[1], rows),), {**options, **launch_options(y_1N.device)}
 
 
-def _resident(blocks: int, warps: int, device: torch.device) -> int:
+def _resident(blocks: int, per_processor: int, device: torch.device) -> int:
     """Programs for blocks of rows: as many as the GPU holds at once, with equally many blocks."""
-    places = processors(device) * RESIDENT_WARPS // warps
+    places = processors(device) * max(1, per_processor)
     return triton.cdiv(blocks, triton.cdiv(blocks, places))
 
 

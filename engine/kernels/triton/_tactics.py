@@ -37,7 +37,8 @@ NIBBLES = ("linear_int4", "linear_int4_groups")
 
 
 class Config(NamedTuple):
-    """`rows` outputs and `tokens` tokens a program, `inputs` of them an iteration."""
+    """`rows` outputs and `tokens` tokens a program, `inputs` of them an iteration; `resident`
+    programs a multiprocessor where each takes rows in turn."""
 
     kind: str
     rows: int = 0
@@ -46,6 +47,7 @@ class Config(NamedTuple):
     stages: int = 1
     tokens: int = 1
     splits: int = 1
+    resident: int = 0
 
 
 Key = tuple[str, int, int, int]
@@ -53,15 +55,21 @@ _table: dict[Key, Config] = {}
 
 # inputs / warps / bytes of a code: a lane loads 16 bytes at a time, so an iteration of W warps
 # takes 512 W bytes of each row.
-_GEMV_ROWS_WARPS = ((4, 4), (8, 4), (2, 4), (4, 2), (8, 2), (4, 8), (16, 4))
-# Codes take fewer instructions than the token that they meet, which more rows share.
-_BYTES_ROWS_WARPS = ((4, 2), (8, 2), (4, 4), (8, 1), (4, 1), (8, 4))
-_NIBBLES_ROWS_WARPS = ((8, 2), (8, 1), (16, 1), (8, 4), (4, 2), (4, 4), (16, 2))
 _ROWS_WARPS = {
-    "linear": _GEMV_ROWS_WARPS,
-    **dict.fromkeys(("linear_int8", *ACTIVATION_CODES), _BYTES_ROWS_WARPS),
-    **dict.fromkeys(NIBBLES, _NIBBLES_ROWS_WARPS),
+    "linear": ((4, 8), (2, 4), (8, 4), (2, 8), (4, 4), (4, 2), (8, 2)),
+    "linear_int8": ((4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (2, 4)),
+    "linear_w8a8": ((4, 4), (4, 8), (4, 2), (8, 4), (8, 2), (2, 4)),
+    # Rounding a token to float8 takes more instructions, which more rows share.
+    "linear_fp8": ((8, 4), (4, 4), (8, 2), (4, 8)),
 }
+# Programs that keep a token have the least warps for which its parts fit their registers.
+_NIBBLES_ROWS_WARPS_RESIDENT = (
+    (4, 4, 4), (4, 4, 2), (8, 2, 4), (4, 2, 4), (4, 2, 8), (8, 4, 2), (2, 4, 4), (4, 8, 2),
+    (4, 8, 1), (2, 8, 2), (4, 16, 1),
+)  # fmt: skip
+MAX_PARTS = 3
+# With as many parts, registers leave room for so many warps only.
+CROWDED_PARTS, CROWDED_WARPS = 3, 8
 _CODES_PER_LANE = {
     "linear": 8,
     **dict.fromkeys(("linear_int8", *ACTIVATION_CODES), 16),
@@ -83,7 +91,7 @@ def token_bucket(tokens: int) -> int:
 def candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
     """Every configuration worth measuring; the first is the default, but for its splits."""
     few = _few_candidates(tokens, outputs, inputs)
-    gemv = _gemv_candidates(op) if tokens == 1 else ()
+    gemv = _gemv_candidates(op, inputs) if tokens == 1 else ()
     if op in ACTIVATION_CODES:
         # The codes of one token are read as words.
         gemv = () if inputs % 4 else gemv
@@ -161,10 +169,22 @@ def _is_candidate(config: Config, op: str, tokens: int, outputs: int, inputs: in
     return config._replace(splits=1) in {c._replace(splits=1) for c in known}
 
 
-def _gemv_candidates(op: str) -> tuple[Config, ...]:
-    lane = _CODES_PER_LANE[op]
-    sizes = _ROWS_WARPS[op]
-    return tuple(Config(GEMV, rows, 32 * warps * lane, warps) for rows, warps in sizes)
+def _gemv_candidates(op: str, inputs: int) -> tuple[Config, ...]:
+    lanes = 32 * _CODES_PER_LANE[op]
+    if op in NIBBLES:
+        return _token_keepers(inputs)
+    return tuple(Config(GEMV, rows, lanes * warps, warps) for rows, warps in _ROWS_WARPS[op])
+
+
+def _token_keepers(inputs: int) -> tuple[Config, ...]:
+    """Programs that hold a token of `inputs` values in few enough parts."""
+    found = []
+    for rows, warps, resident in _NIBBLES_ROWS_WARPS_RESIDENT:
+        span = 32 * _CODES_PER_LANE[NIBBLES[0]] * warps
+        parts = -(-inputs // span)
+        if parts <= MAX_PARTS and (parts < CROWDED_PARTS or resident * warps <= CROWDED_WARPS):
+            found.append(Config(GEMV, rows, span, warps, resident=resident))
+    return tuple(found)
 
 
 def _few_candidates(tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:

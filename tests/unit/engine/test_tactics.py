@@ -16,7 +16,7 @@ from engine.kernels.triton import _tactics
 from engine.kernels.triton._tactics import Config
 from tests.cli.build_runner import SMALL_DUMMY, run_here
 
-CHOICE = ["gemv", 4, 256, 4, 1, 1, 1]
+CHOICE = ["gemv", 4, 1024, 4, 1, 1, 1, 0]
 OTHER = {"linear/1/128/64": ["library", 0, 0, 4, 1, 1, 1]}
 
 
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_gives_one_warning(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "name, values",
     [
-        ("linear_int8/1/96/512", ["gemv", 5, 2048, 4, 1, 1, 1]),
+        ("linear_int8/1/96/512", ["gemv", 5, 2048, 4, 1, 1, 1, 0]),
         ("linear_int8/1/96/512", ["gemv"]),
         ("linear_int8/1/96/512", 7),
         ("linear_int8/3/96/512", ["library", 0, 0, 4, 1, 1, 1]),
