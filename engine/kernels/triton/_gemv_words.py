@@ -194,10 +194,12 @@ def _load_token(
 
 @triton.jit
 def _load_groups(of, row, groups, group, mask):
-    """A value of each group, [C, BN]; None of None."""
-    if of is None:
-        return None
-    return tl.load(of + row[None, :] * groups + group[:, None], mask=mask, other=0)
+    """A value of each group, [C, BN]; of None something that nobody reads, which a tuple can hold
+    and None it cannot."""
+    values = group
+    if of is not None:
+        values = tl.load(of + row[None, :] * groups + group[:, None], mask=mask, other=0)
+    return values
 
 
 @triton.jit
@@ -221,8 +223,8 @@ def _load_rows(
 
 @triton.jit
 def _nibble_sums(
-    rows, token, BN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, LEVELS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    rows, token, scale, zero, BN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    LEVELS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Σ (code - zero) · scale · value of rows [BN]; sums of a chunk are whole, below 2^24."""
     sums = tl.zeros([C, BN], tl.float32)
@@ -232,12 +234,12 @@ def _nibble_sums(
         front, back = split_words(words)
         found = dot_nibbles(front, low[0], high[0], ASSEMBLY)
         found = tl.sum(found + dot_nibbles(back, low[1], high[1], ASSEMBLY), axis=2)
-        if zeros is None:
+        if zero is None:
             found -= NIBBLE_ZERO * total
         else:
             found -= zeros.to(tl.int32) * total
         factor = step
-        if scales is not None:
+        if scale is not None:
             factor = step * scales.to(tl.float32)
         sums += found.to(tl.float32) * factor
     return tl.sum(sums, axis=0)
@@ -277,7 +279,7 @@ def _gemv_nibbles(
         rows = _load_rows(
             codes, group_scale, zero, row + stride, will_be, width, group_size, HALF, C, PARTS
         )
-        gate = _nibble_sums(present, token, BN, C, PARTS, LEVELS, ASSEMBLY)
+        gate = _nibble_sums(present, token, group_scale, zero, BN, C, PARTS, LEVELS, ASSEMBLY)
         up = gate
         if GATED:
             present = up_rows
@@ -285,7 +287,7 @@ def _gemv_nibbles(
                 codes, group_scale, zero, row + stride + outputs, will_be, width, group_size,
                 HALF, C, PARTS,
             )  # fmt: skip
-            up = _nibble_sums(present, token, BN, C, PARTS, LEVELS, ASSEMBLY)
+            up = _nibble_sums(present, token, group_scale, zero, BN, C, PARTS, LEVELS, ASSEMBLY)
         row_scale = None if HAS_GROUPS else scale
         finish_row(y, gate, up, row_scale, rms, added, row, row < outputs, outputs, GATED)
         row += stride
