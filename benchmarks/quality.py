@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.marks import write_between
 from engine.backends import open_engine
 from engine.comm import World
 from utils.cli import Parser, run_main
@@ -32,7 +33,7 @@ from utils.evaluation.task import Ids
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "tiny-yi"
 ARTICLES = ROOT / "tests" / "data" / "cnn_dailymail"
-BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
+MARK = "quality table"
 EXACT, BASELINE = "FP32", "BF16"
 
 
@@ -192,14 +193,6 @@ def make_table(found: dict[str, Quality]) -> str:
     return "\n".join(lines)
 
 
-def write_between(path: Path, text: str) -> None:
-    """Replace what stands between the marks of a file."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    assert found, f"{path} has no marks {BEGIN} … {END}"
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="quality.py", description="perplexity of every mode on tiny-yi")
     parser.add_argument("--work", metavar="DIR", help="keep calibrations and engines here")
@@ -217,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     table = make_table({name: found[name] for name in MODES if name in found})
     print(table)
     if args.write:
-        write_between(Path(args.write), table)
+        write_between(Path(args.write), MARK, table)
     return 0
 
 
