@@ -1,6 +1,6 @@
 """Linear kernels on the real matrices, against the card's limits measured in the same run.
 
-    python -m benchmarks.kernels [--ops …] [--m 1 8 64 512] [--model yi-6b|yi-34b] [--tune] [--pdl]
+    python -m benchmarks.kernels [--ops …] [--m 1 8 64 512] [--model yi-6b|yi-34b] [--tune] [--no-pdl]
 
 Prints the copy bandwidth and the bf16 matmul rate first, then a row per operation, matrix and
 batch: microseconds, GB/s of weights (and their share of the copy bandwidth), TFLOP/s, and how
@@ -265,7 +265,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--matrices", nargs="+", help="some of the model's (default: all)")
     parser.add_argument("--tune", action="store_true", help="measure all candidates first")
     parser.add_argument("--fused", action="store_true", help="time fused and composed forms too")
-    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
+    parser.add_argument(
+        "--pdl",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="programmatic dependent launch",
+    )
     return parser.parse_args()
 
 

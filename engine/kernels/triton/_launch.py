@@ -1,9 +1,11 @@
 """How all kernels are launched: programmatic dependent launch, and what the device offers.
 
-With PDL a kernel starts while the one before it on the stream still runs. Every kernel therefore
-calls `gdc_wait` before it touches memory that another kernel writes (weights and scales may be
-read before), and `gdc_launch_dependents` after its last store, both under its constexpr `PDL`.
-One kernel that did not wait would free its successor too early, so the switch is for all of them.
+With PDL a kernel's programs take their places as soon as all of those before have theirs, and load
+weights meanwhile. Every kernel therefore begins with `gdc_launch_dependents`, and calls `gdc_wait`,
+which waits until the kernel before has ended, in each program before it reads or writes memory that
+another kernel writes or reads; weights and scales may be read before. Both stand under its
+constexpr `PDL`. A kernel that did not wait would free its successor too early, so the switch is for
+all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 
 from engine.kernels import gpu
 
-PDL = False
+PDL = True
 
 # Multiprocessors that a launch is planned for where there is no GPU (Triton's interpreter).
 INTERPRETED_PROCESSORS = 4
