@@ -22,7 +22,7 @@ def start(make: Callable[..., Result], *arguments: Any) -> Future[Result]:
 
 
 class Packing:
-    """A product with its `fused` form (see engine/layers/linear.py), which is being made."""
+    """A native product (see native/product.py) that is being made; factors come before calls."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any):
         self._pending = start(make, *arguments)
@@ -31,6 +31,12 @@ class Packing:
     def _product(self) -> Any:
         return self._pending.result()
 
+    def multiply_by(self, factor_K: Tensor) -> None:
+        self._pending = start(_adjusted, self._pending, "multiply_by", factor_K)
+
+    def divide_by(self, divisor_K: Tensor) -> None:
+        self._pending = start(_adjusted, self._pending, "divide_by", divisor_K)
+
     def __call__(self, x_TK: Tensor) -> Tensor:
         y_TN: Tensor = self._product(x_TK)
         return y_TN
@@ -38,6 +44,13 @@ class Packing:
     def fused(self, x_TK: Tensor, **around: Any) -> Tensor | None:
         y_TN: Tensor | None = self._product.fused(x_TK, **around)
         return y_TN
+
+
+def _adjusted(pending: Future[Any], method: str, factor_K: Tensor) -> Any:
+    # Packers take what is older first, so that nothing waits for what has not begun.
+    product = pending.result()
+    getattr(product, method)(factor_K)
+    return product
 
 
 @cache

@@ -30,6 +30,11 @@ class GroupwiseInt4(BoundLinear):
         block = SHORT_NIBBLE_BLOCK if group_size % NIBBLE_BLOCK else NIBBLE_BLOCK
         super().__init__(bind("linear_int4_groups", codes_NB, scale_NR, arrays.get("zero"), block))
         self._pre_scale_K = arrays.get("pre_scale")
+        multiply_by = getattr(self._product, "multiply_by", None)
+        if multiply_by is not None and self._pre_scale_K is not None:
+            # The product multiplies in the pass that reads the tokens.
+            multiply_by(self._pre_scale_K)
+            self._pre_scale_K = None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         if self._pre_scale_K is not None:

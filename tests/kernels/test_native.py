@@ -215,6 +215,34 @@ def test_norm_in_the_product_is_the_norm_before_it(library, monkeypatch) -> None
         assert torch.equal(y, product(rowwise.rms_norm(x, weight, 1e-5)))
 
 
+@DTYPES
+def test_factors_of_tokens(library, dtype: torch.dtype) -> None:
+    """A multiplied token is rounded to its dtype, a divided one to its codes alone."""
+    x, factor = random(5, 70, dtype=dtype), random(70, seed=1).abs() + 0.1
+    codes, scale = int8_layer(20, 70).arrays
+    divided = int8.pack_activations(library("int8"), codes, scale, None)
+    divided.divide_by(factor)
+    plain = int8.pack_activations(library("int8"), codes, scale, None)
+    assert torch.equal(divided(x), plain(x.float() / factor).to(dtype))
+    layer = groups_layer(20, 64, 32, torch.float16, has_zero=True)
+    multiplied, plain = (int4.pack(library("int4"), *layer.arrays) for _ in range(2))
+    multiplied.multiply_by(factor[:64])
+    assert torch.equal(multiplied(x[:, :64]), plain((x[:, :64] * factor[:64]).to(dtype)))
+
+
+def test_factors_of_a_product_that_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_libraries", {})
+    factor, x = random(128, seed=1).abs() + 0.1, random(3, 128)
+    bound = cpu_int8.bind_activations(*int8_layer(32, 128).arrays, None)
+    bound.divide_by(factor)
+    truth = cpu_int8.TorchInt8Activations(*int8_layer(32, 128).arrays, None)(x / factor)
+    assert_close(bound(x), truth.double())
+    layer = groups_layer(32, 128, 64, torch.float16, has_zero=True)
+    groups = cpu_int4.bind_groups(*layer.arrays)
+    groups.multiply_by(factor)
+    assert_close(groups(x), (x * factor).double() @ layer.matrix.T)
+
+
 def test_what_a_product_does_not_fuse(library) -> None:
     product = int8.pack_weights(library("int8"), *int8_layer(40, 40).arrays)
     x, weight = random(2, 40, dtype=torch.bfloat16), random(40, dtype=torch.bfloat16)

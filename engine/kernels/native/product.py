@@ -43,6 +43,8 @@ class _Matrix(ctypes.Structure):
         ("codes", _POINTER),
         ("scale", _POINTER),
         ("zero", _POINTER),
+        ("multiplier", _POINTER),
+        ("divisor", _POINTER),
         ("given_scale", _POINTER),
         ("outputs", _SIZE),
         ("inputs", _SIZE),
@@ -83,10 +85,22 @@ class PackedProduct:
         self._multiply, self._digits = multiply, digits
         self._prompt_digits = prompt_digits or digits
         self.outputs, self.inputs = packed.outputs, packed.inputs
-        self._arrays = (packed.codes, packed.scale, packed.zero, input_scale)
+        # What the kernel has addresses of lives as long as this.
+        self._arrays = (packed.codes, packed.scale, packed.zero, None, None, input_scale)
+        self._factors: tuple[Tensor, ...] = ()
         sizes = (packed.outputs, packed.inputs, packed.scale.shape[1])
         self._matrix = _Matrix(*map(_address, self._arrays), *sizes, least_range)
         self._matrix_address = ctypes.addressof(self._matrix)
+
+    def multiply_by(self, factor_K: Tensor) -> None:
+        """Tokens are multiplied by fp32 [K] and rounded to their dtype, before all else."""
+        self._factors += (factor_K.float().contiguous(),)
+        self._matrix.multiplier = self._factors[-1].data_ptr()
+
+    def divide_by(self, divisor_K: Tensor) -> None:
+        """Tokens are divided by fp32 [K], which is not rounded before they become digits."""
+        self._factors += (divisor_K.float().contiguous(),)
+        self._matrix.divisor = self._factors[-1].data_ptr()
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         return self._run(x_TK, None, False, None)

@@ -43,7 +43,7 @@ struct Matrix {
   const uint8_t* codes;      // blocks of 16 rows
   const void* scale;         // [N/16][R][16] fp16 or fp32
   const uint8_t* zero;       // as scale, or null for the codes' middle
-  const float* given_scale;  // of tokens, see Source
+  const float *multiplier, *divisor, *given_scale;  // of tokens, see Source
   int64_t outputs, inputs, groups;
   float least_range;
 };
@@ -226,8 +226,9 @@ void multiply(const Matrix& m, const Call& call) {
   constexpr int64_t kChunk = Codes::kFours * kFour;
   const int64_t lines = (m.inputs / m.groups + kChunk - 1) / kChunk;
   const Weights<Scale> w{m.codes, static_cast<const Scale*>(m.scale), m.zero, m.groups, lines};
-  const Source source{call.x,   call.norm_weight, m.given_scale, call.count, m.inputs,
-                      m.groups, call.eps,         m.least_range, call.dtype};
+  const Source source{call.x,     call.norm_weight, m.multiplier, m.divisor,     m.given_scale,
+                      call.count, m.inputs,         m.groups,     call.eps,      m.least_range,
+                      call.dtype};
   const int64_t width = call.is_gated ? m.outputs / 2 : m.outputs;
   const Target target{call.y, call.residual, width, call.is_gated ? width / kRows : 0, call.dtype};
   if (call.digits == 1) return multiply<Codes, 1>(source, w, target, call.threads);

@@ -16,6 +16,8 @@
 struct Source {
   const void* x;             // [M][K] of `dtype`
   const void* norm_weight;   // [K] of `dtype`; null for no norm, else K is a multiple of 16
+  const float* multiplier;   // [K], or null; what it gives is rounded to `dtype`
+  const float* divisor;      // [K], or null; what it gives is not rounded
   const float* given_scale;  // [1], or null; values beyond 127 times it are cut off
   int64_t count, inputs, groups;
   float eps, least_range;
@@ -95,8 +97,10 @@ class Tokens {
     const T* weight = static_cast<const T*>(source_.norm_weight);
     const float factor = weight ? norm_factor(x, inputs, source_.eps) : 1.0f;
     for (int64_t k = 0; k < inputs; k += kLanes) {
-      const Floats v = weight ? rounded<T>(normed(x + k, weight + k, factor))
-                              : load_some(x + k, inputs - k);
+      const int64_t rest = inputs - k;
+      Floats v = weight ? rounded<T>(normed(x + k, weight + k, factor)) : load_some(x + k, rest);
+      if (source_.multiplier) v = rounded<T>(v * load_some(source_.multiplier + k, rest));
+      if (source_.divisor) v = v / load_some(source_.divisor + k, rest);
       store_floats(values + k, v);
     }
   }
