@@ -7,21 +7,23 @@ kernels tell apart, without an attention window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.batch import Segment
+from engine.batch import Packer, Segment
+from engine.cache import KVCache
 from engine.comm import Parallel, World
 from engine.engine_file import view_tensors
-from engine.graph import BUCKETS, DecodeLoop, Rows, pad_rows
+from engine.graph import DecodeLoop, Rows, pad_rows
 from engine.kernels.triton._launch import processors
 from engine.kernels.triton._tactics import TOKEN_BUCKETS, record, short_list
 from engine.mapping import Mapping
 from engine.models.yi import Yi
+from engine.penalties import round_up
 from engine.record import EngineRecord
 from engine.sampling import SamplingParams
 from engine.session import Session
@@ -95,10 +97,13 @@ class Trace:
         self.run_decoding()
 
     def run_decoding(self) -> None:
-        for rows in _buckets(self._engine.limits.max_batch_size):
+        limits = self._engine.limits
+        for rows in _buckets(limits.max_batch_size):
             for length in _lengths(self._engine):
                 for sampling in SAMPLING:
                     self._decode(rows, length, sampling)
+            for length in _bounds(limits.max_seq_len):
+                self._decode(rows, length, GREEDY)
 
     def run_candidates(self) -> None:
         """What the first run on a GPU measures, and a decode step by each of it."""
@@ -145,17 +150,17 @@ class Trace:
         loop.choose(torch.empty(rows, vocab_size, device=META))
         loop.advance(self._network, cache)
 
-    def _open(self, rows: int, length: int):
-        # A session keeps its cache and gives a longer one than was asked for.
+    def _open(self, rows: int, length: int) -> tuple[KVCache, Packer]:
+        # An old session's cache may be longer than what is asked for.
         session = Session(self._engine, self._network, World(), self._parallel)
         cache, packer = session.open_cache(rows, length)
         packer.tables.open(rows)
         return cache, packer
 
 
-def _buckets(most: int) -> Iterable[int]:
+def _buckets(most: int) -> list[int]:
     """Rows of the graphs for batches of up to `most`."""
-    return sorted({pad_rows(rows) for rows in (*BUCKETS, *range(1, most + 1)) if rows <= most})
+    return sorted({pad_rows(rows) for rows in range(1, most + 1)})
 
 
 def _lengths(engine: EngineRecord) -> list[int]:
@@ -164,6 +169,15 @@ def _lengths(engine: EngineRecord) -> list[int]:
     blocks = BLOCKS if limits.paged_kv_cache else ()
     lengths = {GREEDY.max_new_tokens + 1, *(count * limits.tokens_per_block for count in blocks)}
     return sorted({min(length, limits.max_seq_len) for length in lengths} | {limits.max_seq_len})
+
+
+def _bounds(most: int) -> Iterator[int]:
+    """Lengths that graphs are captured for: long ones grow by an eighth, which changes little in
+    how attention is split."""
+    bound = round_up(1)
+    while bound < most:
+        yield bound
+        bound = round_up(max(bound + 1, bound * 9 // 8))
 
 
 def _prompt_tokens(engine: EngineRecord) -> list[int]:
