@@ -1,6 +1,6 @@
 """Linear kernels on the real matrices, against the card's limits measured in the same run.
 
-    python -m benchmarks.kernels [--ops …] [--m 1 8 64 512] [--model yi-6b|yi-34b] [--tune] [--no-pdl]
+    python -m benchmarks.kernels [--ops …] [--m 1 8 64 512] [--model yi-34b] [--tune] [--no-pdl]
 
 Prints the copy bandwidth and the bf16 matmul rate first, then a row per operation, matrix and
 batch: microseconds, GB/s of weights (and their share of the copy bandwidth), TFLOP/s, and how
