@@ -147,7 +147,7 @@ class Trace:
         requests = Rows([sampling] * rows, prompts, tables.table())
         vocab_size = self._engine.config.vocab_size
         loop = DecodeLoop(requests, vocab_size=vocab_size, packer=packer)
-        loop.choose(torch.empty(rows, vocab_size, device=META))
+        loop.choose(torch.empty(rows, vocab_size, dtype=self._network.dtype, device=META))
         loop.advance(self._network, cache)
 
     def _open(self, rows: int, length: int) -> tuple[KVCache, Packer]:
