@@ -74,7 +74,8 @@ def _add_source_flags(parser: Parser) -> None:
         default=[],
         metavar="ARCH",
         help="GPU architectures such as sm_90 (Hopper) to compile the kernels for, so that the "
-        "first run there has less to compile; needs Triton and no GPU",
+        "first run there has less to compile; needs no GPU, and the versions of Triton and Python "
+        "that run the engine",
     )
     group.add_argument(
         "--export_checkpoint",

@@ -20,18 +20,20 @@ DUMMY_NOTE = (
 
 class Kernels(NamedTuple):
     """A file of kernels that were compiled at build, for which GPU architectures, and by which
-    version of Triton: another one compiles its own."""
+    version and build of Triton: another one compiles its own."""
 
     file: FileRecord
     targets: tuple[str, ...]
     triton: str
+    compiler: str
 
     def to_dict(self) -> dict[str, Any]:
         return {**self._asdict(), "file": self.file._asdict()}
 
     @classmethod
     def from_dict(cls, values: Names[str, Any]) -> Kernels:
-        return cls(FileRecord(**values["file"]), tuple(values["targets"]), values["triton"])
+        file, targets = FileRecord(**values["file"]), tuple(values["targets"])
+        return cls(file, targets, values["triton"], values["compiler"])
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,16 @@ def compile_kernels(
     are compiled, too.
     """
     logger.info("compiling kernels for %s", ", ".join(targets))
+    store = import_module("engine.kernels.triton._store")
     with tempfile.TemporaryDirectory(dir=staging) as folder:
         for card in (card for name in targets for card in TARGETS[name]):
             _run_alone(_Job(record, staging, Path(folder), card, tuple(tactics.values())))
         path = staging / KERNELS_NAME
-        import_module("engine.kernels.triton._store").pack(Path(folder), path)
+        store.pack(Path(folder), path)
     digest = ChunkDigest()
     digest.update(path.read_bytes())
     file = FileRecord(KERNELS_NAME, path.stat().st_size, digest.hexdigest())
-    return Kernels(file, tuple(targets), import_module("triton").__version__)
+    return Kernels(file, tuple(targets), store.VERSION, store.compiler())
 
 
 def use_kernels(engine_dir: Path, kernels: Kernels) -> None:
@@ -76,7 +77,7 @@ def use_kernels(engine_dir: Path, kernels: Kernels) -> None:
         return
     path = engine_dir / kernels.file.name
     verify_file(path, kernels.file, threads=1)
-    import_module("engine.kernels.triton._store").use(path)
+    import_module("engine.kernels.triton._store").use(path, kernels.compiler)
 
 
 class _Job(NamedTuple):

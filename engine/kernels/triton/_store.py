@@ -10,7 +10,9 @@ that launches it: that is begun when the engine is opened, and done when its wei
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import threading
 import zipfile
 from collections import defaultdict
@@ -19,12 +21,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import triton
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.cache import CacheManager, FileCacheManager
+from triton.runtime.cache import CacheManager, FileCacheManager, triton_key
 from triton.runtime.jit import DependenciesFinder, JITCallable
 
+logger = logging.getLogger("yi.ahead")
+
 TYPES_NAME = "arguments.types"
+VERSION: str = triton.__version__
 SUFFIXES = (".json", ".cubin", ".types")
 # Processes of the C compiler at a time; the others of the machine's cores load weights.
 MAX_COMPILERS = 4
@@ -59,8 +65,15 @@ def settle_keys() -> None:
     DependenciesFinder._update_hash = settled
 
 
-def use(path: Path) -> threading.Thread:
-    """Let Triton look into `path` for what its own cache lacks; the thread makes launchers."""
+def compiler() -> str:
+    """What tells builds of Triton apart: by version, and by the version of Python that they are
+    for."""
+    return hashlib.sha256(triton_key().encode()).hexdigest()
+
+
+def use(path: Path, made_by: str) -> threading.Thread:
+    """Let Triton look into `path`, which the compiler `made_by` made, for what its own cache lacks;
+    the thread makes launchers."""
     settle_keys()
     before = set(_packed)
     with zipfile.ZipFile(path) as archive:
@@ -70,14 +83,22 @@ def use(path: Path) -> threading.Thread:
     base = knobs.cache.manager_class or FileCacheManager
     if not issubclass(base, _Unpacking):
         knobs.cache.manager_class = type("EngineCache", (_Unpacking, base), {})
-    thread = threading.Thread(target=_make_launchers, args=(set(_packed) - before,), daemon=True)
+    arguments = (set(_packed) - before, made_by)
+    thread = threading.Thread(target=_make_launchers, args=arguments, daemon=True)
     thread.start()
     return thread
 
 
-def _make_launchers(keys: set[str]) -> None:
+def _make_launchers(keys: set[str], made_by: str) -> None:
     """Fill Triton's cache with what launches the kernels of `keys` that are for this GPU. What
     fails here fails again, and is told, where it is needed."""
+    if made_by != compiler():
+        logger.warning(
+            "the engine's kernels were compiled by another Triton than this one (by version, or "
+            "for another version of Python) and are compiled again; build.py --target with this "
+            "one saves that"
+        )
+        return
     architecture = driver.active.get_current_target().arch
     launchers = {}
     for key in sorted(keys):

@@ -96,7 +96,7 @@ def main(engine: Path, cache: str) -> None:
     )
     record = read_record(engine)
     assert record.kernels is not None
-    _store.use(engine / record.kernels.file.name).join()
+    _store.use(engine / record.kernels.file.name, record.kernels.compiler).join()
     trace = Trace(record, record.mapping, engine)
     counts = []
 

@@ -93,6 +93,16 @@ def test_a_damaged_file_is_refused(engine):
         ahead.use_kernels(engine, damaged)
 
 
+def test_another_triton_is_told_to_compile_again(monkeypatch):
+    from engine.kernels.triton import _store
+
+    warnings = []
+    monkeypatch.setattr(_store.logger, "warning", warnings.append)
+    monkeypatch.setattr(_store, "triton_key", lambda: "3.6.0 and the digests of its files")
+    _store._make_launchers(set(), made_by="another")
+    assert len(warnings) == 1 and "compiled by another Triton" in warnings[0]
+
+
 def test_a_build_without_targets_leaves_no_kernels_behind(tmp_path):
     (tmp_path / ahead.KERNELS_NAME).write_bytes(b"of an engine that was here before")
     assert run_here(*MODEL, *LIMITS, "--output_dir", tmp_path).status == 0
