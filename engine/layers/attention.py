@@ -35,8 +35,7 @@ class Attention:
         self, h_TE: Tensor, angles: tuple[Tensor, Tensor], layer: LayerCache, batch: Attending
     ) -> Tensor:
         qkv = split_heads(self._qkv(h_TE, norm=self._norm), self._shape)
-        q_THD = ops.rope_write_kv(*qkv, *angles, layer, batch.slots_T)
-        o_THD = ops.attention(q_THD, layer, batch)
+        o_THD = ops.rope_attention(*qkv, *angles, layer, batch)
         return self._out(o_THD.flatten(1), h_TE)
 
 

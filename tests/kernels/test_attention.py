@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.cache import LayerCache
 from engine.kernels import cpu, reference
 from engine.kernels.registry import Implementation
 from tests.kernels.helpers import (
+    CODES,
     DTYPES,
+    TOLERANCES,
     Shape,
     assert_close,
     cases,
@@ -17,6 +20,7 @@ from tests.kernels.helpers import (
     make_scene,
     part_of,
 )
+from tests.kernels.rope_scenes import make_rope_scene
 
 SMALL, YI = Shape(4, 2, 64), Shape(32, 4, 128)
 
@@ -137,3 +141,27 @@ def test_strided_queries(impl: Implementation, device: str) -> None:
     view = fused[:, : scene.q_THD.shape[1]]
     assert not view.is_contiguous()
     assert_close(impl(view, scene.layer, scene.batch), eager_attention(scene))
+
+
+@cases("rope_attention")
+@DTYPES
+@pytest.mark.parametrize("codes", [None, *CODES], ids=str)
+@pytest.mark.parametrize("query_lens", [QUERY_LENS, (1,) * len(KV_LENS)], ids=["mixed", "once"])
+def test_rope_attention_agrees_with_eager_arithmetic(
+    impl: Implementation,
+    device: str,
+    dtype: torch.dtype,
+    codes: torch.dtype | None,
+    query_lens: tuple[int, ...],
+) -> None:
+    """New keys and values are rotated, cached as `write_kv` does, and seen."""
+    options = {"dtype": dtype, "device": device, "codes": codes, "window": 64}
+    scene = make_rope_scene(query_lens, KV_LENS, SMALL, block_tokens=16, **options)
+    truth = LayerCache(*(x if x is None else x.clone() for x in scene.layer))
+    _, k_TGD = reference.rope(scene.q_THD, scene.k_TGD, scene.cos_TC, scene.sin_TC)
+    reference.write_kv(k_TGD, scene.v_TGD, truth, scene.rotated.batch.slots_T)
+    assert_close(impl(*scene.arguments()), eager_attention(scene.rotated))
+    # Where an angle's products round otherwise, a code may be its neighbour.
+    limits = {"rtol": 0.13, "atol": 1} if codes else {"rtol": 0, "atol": 4 * TOLERANCES[dtype]}
+    for ours, true in zip(scene.layer[:2], truth[:2], strict=True):
+        torch.testing.assert_close(ours.float(), true.float(), equal_nan=True, **limits)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.cache import LayerCache
+from engine.kernels import reference
 from tests.kernels.helpers import (
     CODE_DTYPES,
     DTYPES,
@@ -17,12 +19,14 @@ from tests.kernels.helpers import (
     eager_attention,
     make_scene,
 )
+from tests.kernels.rope_scenes import RopeScene, make_rope_scene
 from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
 
 prepare_interpreter()
 
 from engine.kernels.triton import _codes, _decode, attention  # noqa: E402
-from engine.kernels.triton._decode import MAX_SPLIT_PAIRS, plan_split  # noqa: E402
+from engine.kernels.triton._split import MANY_PARTS, MAX_JOINED, plan_split  # noqa: E402
+from engine.kernels.triton.rope_attention import rope_attention  # noqa: E402
 
 # Groups of seven heads, as Yi-34B's, and of more than a tile's least rows; odd head sizes.
 SHAPES = pytest.mark.parametrize(
@@ -47,9 +51,13 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", filled)
 
 
-def decoding(shape: Shape, *, block_tokens: int = 16, **options: object) -> Scene:
-    ones = (1,) * len(LENGTHS)
-    return make_scene(ones, LENGTHS, shape, block_tokens=block_tokens, device=DEVICE, **options)
+def decoding(
+    shape: Shape, lengths: tuple[int, ...] = LENGTHS, *, block_tokens: int = 16, **options: object
+) -> RopeScene:
+    ones = (1,) * len(lengths)
+    return make_rope_scene(
+        ones, lengths, shape, block_tokens=block_tokens, device=DEVICE, **options
+    )
 
 
 def mixed(shape: Shape, *, block_tokens: int = 16, **options: object) -> Scene:
@@ -62,14 +70,23 @@ def run(scene: Scene) -> Tensor:
     return attention.attention(scene.q_THD, scene.layer, scene.batch)
 
 
+def check_decoding(scene: RopeScene) -> Tensor:
+    """The output against fp64 arithmetic, and the cache against the plain implementation's."""
+    truth = LayerCache(*(x if x is None else x.clone() for x in scene.layer))
+    _, k_TGD = reference.rope(scene.q_THD, scene.k_TGD, scene.cos_TC, scene.sin_TC)
+    reference.write_kv(k_TGD, scene.v_TGD, truth, scene.rotated.batch.slots_T)
+    o_THD = rope_attention(*scene.arguments())
+    assert_close(o_THD, eager_attention(scene.rotated))
+    for ours, true in zip(scene.layer[:2], truth[:2], strict=True):
+        assert torch.equal(ours.contiguous().view(torch.uint8), true.view(torch.uint8))
+    return o_THD
+
+
 @DTYPES
 @SHAPES
 @WINDOWS
 def test_decoding(dtype: torch.dtype, shape: Shape, window: int | None) -> None:
-    scene = decoding(shape, dtype=dtype, window=window)
-    assert_close(run(scene), eager_attention(scene))
-    # Whoever joined the parts of a split left the counters as it found them.
-    assert not _decode._arrivals(scene.q_THD.device).any()
+    check_decoding(decoding(shape, dtype=dtype, window=window))
 
 
 @DTYPES
@@ -81,55 +98,68 @@ def test_decoding_with_codes(
     """Without float8 conversions, as on Ampere, codes become numbers by arithmetic on bits."""
     if not has_float8:
         monkeypatch.setattr(_decode, "has_float8", lambda device: False)
-    scene = decoding(Shape(7, 1, 16), dtype=dtype, codes=codes)
-    assert_close(run(scene), eager_attention(scene))
+    check_decoding(decoding(Shape(7, 1, 16), dtype=dtype, codes=codes))
 
 
 @pytest.mark.parametrize("window", [None, 70])
 def test_blocks_do_not_change_bits(window: int | None) -> None:
     for make in (decoding, mixed):
         options = {"dtype": torch.bfloat16, "window": window}
-        paged = make(Shape(4, 1, 16), block_tokens=4, **options)
-        odd = make(Shape(4, 1, 16), block_tokens=300, **options)
-        # One column in the table is the contiguous cache.
-        column = replace(odd.batch, block_table_BM=odd.batch.block_table_BM[:, :1].contiguous())
-        outputs = [run(paged), run(odd), run(odd._replace(batch=column))]
-        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        outputs = []
+        # Blocks within a tile, of two tiles, and a whole sequence.
+        for block_tokens in (4, 128, 300):
+            scene = make(Shape(4, 1, 16), block_tokens=block_tokens, **options)
+            rotated = scene if isinstance(scene, Scene) else scene.rotated
+            if block_tokens == 300:
+                # One column in the table is the contiguous cache.
+                column = rotated.batch.block_table_BM[:, :1].contiguous()
+                rotated = rotated._replace(batch=replace(rotated.batch, block_table_BM=column))
+            if isinstance(scene, Scene):
+                outputs.append(run(rotated))
+            else:
+                outputs.append(rope_attention(*scene._replace(rotated=rotated).arguments()))
+        assert all(torch.equal(o_THD, outputs[0]) for o_THD in outputs)
 
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_one_launch_serves_every_length_up_to_its_bound(window: int | None) -> None:
     """As a captured graph keeps it: bounds on the host, lengths and padding on the device."""
-    scene = decoding(Shape(7, 1, 16), dtype=torch.float16, window=window)
-    rows = len(LENGTHS) + 1
-    lens_B = torch.tensor([*LENGTHS, 0], dtype=torch.int32, device=DEVICE)
-    padding = torch.zeros_like(scene.batch.block_table_BM[:1])
+    lengths = (*LENGTHS, 1)
+    scene = decoding(Shape(7, 1, 16), lengths, dtype=torch.float16, window=window)
+    batch, rows = scene.rotated.batch, len(lengths)
     bound = replace(
-        scene.batch,
-        query_lens=(1,) * rows,
+        batch,
         kv_lens=(1000,) * rows,
-        kv_lens_B=lens_B,
-        block_table_BM=torch.cat([scene.batch.block_table_BM, padding]),
+        kv_lens_B=torch.tensor([*LENGTHS, 0], dtype=torch.int32, device=DEVICE),
+        slots_T=batch.slots_T.index_fill(0, torch.tensor(rows - 1, device=DEVICE), -1),
         is_bound=True,
     )
-    q_THD = torch.cat([scene.q_THD, scene.q_THD[:1]])
-    o_THD = attention.attention(q_THD, scene.layer, bound)
-    assert_close(o_THD[:-1], eager_attention(scene))
+    before = scene.layer.k.clone()
+    o_THD = rope_attention(*scene.arguments()[:-1], bound)
+    assert_close(o_THD[:-1], eager_attention(scene.rotated)[:-1])
+    # The last row is padding: it has no place in the cache and a finite output.
     assert o_THD[-1].eq(0).all()
+    is_new = (before.view(torch.int16) != scene.layer.k.view(torch.int16)).any(-1)
+    assert is_new.transpose(1, 2).flatten()[bound.slots_T[:-1]].all()
+    assert is_new.sum() == rows - 1
+
+
+def test_parts_of_many_lengths_join() -> None:
+    """One launch after the other, from one part to more than are joined at a time."""
+    for length in (1, 2, 65, 129, 64 * (MANY_PARTS + 2)):
+        check_decoding(decoding(Shape(2, 1, 16), (length, 1, 100), block_tokens=64))
 
 
 def test_splits_fill_the_processors_and_leave_nothing_out() -> None:
     for pairs in (1, 4, 8, 100, 256, 264, 512, 5000):
-        for bound in (0, 1, 64, 65, 1000, 4096, 200_000):
-            split = plan_split(pairs, bound, 64, 264)
-            assert split.positions % 64 == 0 and split.parts * split.positions >= bound
-            assert (split.parts - 1) * split.positions < max(bound, 1)
-            if pairs > MAX_SPLIT_PAIRS:
-                assert split.parts == 1
+        for bound in (1, 2, 64, 65, 66, 1000, 4096, 200_000):
+            split = plan_split(pairs, bound, 64, 132)
+            assert split.positions % 64 == 0 and split.parts * split.positions >= bound - 1
+            assert (split.parts - 1) * split.positions < max(bound - 1, 1)
+            assert split.parts == 1 or split.parts * pairs <= MAX_JOINED
     # Yi-6B and Yi-34B on 132 processors: one sequence of 1k is cut to single tiles, 64 are whole.
-    assert plan_split(4, 1024, 64, 264) == (16, 64)
-    assert plan_split(64 * 4, 1024, 64, 264).parts == 1
-    assert plan_split(64 * 8, 1024, 64, 264).parts == 1
+    assert plan_split(4, 1025, 64, 132)[:2] == plan_split(8, 1025, 64, 132)[:2] == (16, 64)
+    assert plan_split(64 * 4, 1024, 64, 132).parts == plan_split(64 * 8, 1024, 64, 132).parts == 1
 
 
 @DTYPES
@@ -178,7 +208,7 @@ def test_whole_prompts_by_torch(
 
 def test_neighbouring_blocks_are_not_copied() -> None:
     stored = torch.zeros(6, 2, 8, 4, device=DEVICE)
-    whole = decoding(Shape(2, 2, 16)).batch
+    whole = mixed(Shape(2, 2, 16)).batch
     stored += torch.arange(6, device=DEVICE)[:, None, None, None]
 
     def gather(*rows: tuple[int, int], length: int) -> Tensor:
@@ -198,28 +228,38 @@ def test_neighbouring_blocks_are_not_copied() -> None:
 
 def test_strided_queries() -> None:
     """q as a view of the fused projection."""
-    for scene in (decoding(Shape(4, 2, 16)), mixed(Shape(4, 2, 16))):
-        fused = torch.cat([scene.q_THD, scene.q_THD], dim=1)
-        view = fused[:, : scene.q_THD.shape[1]]
-        assert_close(run(scene._replace(q_THD=view)), eager_attention(scene))
+    scene = mixed(Shape(4, 2, 16))
+    fused = torch.cat([scene.q_THD, scene.q_THD], dim=1)
+    view = fused[:, : scene.q_THD.shape[1]]
+    assert_close(run(scene._replace(q_THD=view)), eager_attention(scene))
 
 
 def test_every_code_becomes_its_value() -> None:
-    """Through a product with one: attention over a single position returns its value."""
+    """Attention over equal values returns them: two cached ones, and a cached and a new one."""
     for codes in (torch.int8, torch.float8_e4m3fn):
         bits = torch.arange(256, dtype=torch.uint8)
-        table = bits.view(codes)[None].float()
-        stored = bits.view(codes).view(1, 1, 1, 256).to(DEVICE)
-        scene = make_scene((1,), (1,), Shape(1, 1, 256), block_tokens=1, device=DEVICE)
-        batch = replace(
-            scene.batch, block_table_BM=torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
-        )
-        usable = table.isfinite()[0]
-        zero = torch.zeros_like(stored)
+        table = bits.view(codes).float()
+        # No cache stores the least int8 or a NaN.
+        usable = table.isfinite() & (table != -128)
+        table = table.where(usable, 0)
+        stored = table.to(codes).expand(1, 1, 2, 256).contiguous().to(DEVICE)
+        scene = make_scene((1,), (2,), Shape(1, 1, 256), block_tokens=2, device=DEVICE)
         one = torch.ones(1, device=DEVICE)
-        layer = scene.layer._replace(k=zero, v=stored, k_scale_G=one, v_scale_G=one)
-        o_THD = attention.attention(scene.q_THD, layer, batch)
-        assert torch.equal(o_THD.cpu().view(-1)[usable], table[0][usable])
+        layer = scene.layer._replace(
+            k=torch.zeros_like(stored), v=stored, k_scale_G=one, v_scale_G=one
+        )
+        batch = replace(
+            scene.batch,
+            block_table_BM=torch.zeros_like(scene.batch.block_table_BM),
+            slots_T=torch.ones(1, dtype=torch.int64, device=DEVICE),
+        )
+        k, v = torch.zeros(1, 1, 256, device=DEVICE), table.view(1, 1, 256).to(DEVICE)
+        angles = torch.zeros(2, 1, 128, device=DEVICE)
+        for o_THD in (
+            attention.attention(scene.q_THD, layer, batch),
+            rope_attention(scene.q_THD, k, v, *angles, layer, batch),
+        ):
+            assert torch.equal(o_THD.cpu().view(-1), table)
         assert _codes.stored(stored).dtype in (torch.int8, torch.uint8)
 
 

@@ -1,16 +1,17 @@
-"""Attention of one token per sequence: the cached positions are split over programs.
+"""Attention of one new token per sequence, from the fused projection's row to the output.
 
-A program takes the query heads of one kv head as the rows of a matrix, so that keys and values
-are read once, and a run of positions. The last program of a (sequence, kv head) to arrive joins
-the parts, in the order of the positions. The grid depends on what the host knows only: the batch
-and a bound of the lengths. True lengths are read on the device, and programs past them return, so
-that one launch, captured in a CUDA graph, serves every length up to the bound.
+A program rotates the query heads of one kv head, which share its keys and values, and attends to a
+run of cached positions; the first also caches the new key and value and attends to them. Where a
+sequence has several runs, further programs join the parts, some channels each, in the order of the
+positions. The grid depends on what the host knows only: the batch and a bound of the lengths. True
+lengths are read on the device, and programs past them return, so that one launch, captured in a
+CUDA graph, serves every length up to the bound.
+
+At small batches nothing but latency counts: all loads that do not depend on each other are under
+way together, those of a whole part if it is one tile.
 """
 
 from __future__ import annotations
-
-from functools import cache, lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,183 +20,224 @@ from torch import Tensor
 
 from engine.cache import LayerCache
 from engine.kernels.api import Attending
-from engine.kernels.triton._codes import has_float8, stored
-from engine.kernels.triton._heads import scale_of
+from engine.kernels.triton._codes import decode, encode, has_float8, stored
+from engine.kernels.triton._heads import is_row_of_heads, scale_of, slot_offset, turn
+from engine.kernels.triton._join import MIN_WORDS, join, store_words, workspace
 from engine.kernels.triton._launch import launch_options, processors
-from engine.kernels.triton._softmax import LOG2_E, NO_WINDOW, attend_tile, load_tile, tile_rows
+from engine.kernels.triton._softmax import LOG2_E, NO_WINDOW, attend_tile
+from engine.kernels.triton._split import plan_split
+from engine.kernels.triton._tiles import hold, load_codes, place_tile, to_numbers
 
-# Rows of the smallest matrix product of the tensor cores.
+# Rows and channels of the smallest matrix product of the tensor cores.
 MIN_ROWS = 16
-# Programs that a multiprocessor holds at once, by shared memory.
-RESIDENT = 2
-# What a program costs beyond its tiles, and what joining a part costs, in tiles.
-PROGRAM_COST, PART_COST = 1.5, 1 / 16
-# (sequence, kv head) pairs beyond which there is nothing to split: they fill any GPU.
-MAX_SPLIT_PAIRS = 4096
-MAX_PARTS = 128
-# Parts joined at a time.
-JOINED = 8
+# So many heads have a place in the workspace (see `_join.MIN_WORDS`).
+MIN_HEADS = 8
+WARPS, STAGES = 4, 3
+IS_COMPILED = not triton.knobs.runtime.interpret
 
 
 @triton.jit
-def _join(
-    out, partial, tops, parts,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    JOINED: tl.constexpr,
+def _attend(state, queries, tile, is_valid, factor, dtype: tl.constexpr):
+    scores = tl.dot(queries[0], tl.trans(tile[0]), input_precision="ieee")
+    scores = tl.dot(queries[1], tl.trans(tile[1]), scores, input_precision="ieee") * factor
+    scores = tl.where(is_valid[None, :], scores, float("-inf"))
+    return attend_tile(state, scores, tile[2], dtype)
+
+
+@triton.jit
+def _cache_new(
+    k, v, to, low, high, value, k_factor, v_factor, keep, dtype: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
-    """out [GROUP, D] = Σ partial[p] · 2^tops[p] / Σ 2^tops[p], JOINED parts at a time."""
-    head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
-    is_head, is_channel = head < GROUP, channel < D
-    joined = tl.zeros([HEADS, BLOCK_D], tl.float32)
-    top = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    for first in range(0, parts, JOINED):
-        part = first + tl.arange(0, JOINED)
-        row = part[:, None] * GROUP + head[None, :]
-        is_part = (part < parts)[:, None] & is_head[None, :]
-        # Other multiprocessors wrote what is read here: past the first-level cache.
-        heights = tl.load(tops + row, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-        outputs = tl.load(
-            partial + row[:, :, None] * D + channel[None, None, :],
-            mask=is_part[:, :, None] & is_channel[None, None, :],
-            other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        new_top = tl.where(is_head, tl.maximum(top, tl.max(heights, axis=0)), 0.0)
-        weights = tl.exp2(heights - new_top[None, :])  # [JOINED, HEADS]
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, axis=0)
-        joined = joined * decay[:, None] + tl.sum(outputs * weights[:, :, None], axis=0)
-        top = new_top
-    result = (joined / tl.where(is_head, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    mask = is_head[:, None] & is_channel[None, :]
-    tl.store(out + head[:, None] * D + channel[None, :], result, mask=mask)
+    """Store a key (in halves) and a value where `keep`, and return them as they will be read."""
+    pair, channel = tl.arange(0, C), tl.arange(0, BLOCK_D)
+    kind = k.dtype.element_ty
+    low_code = encode(low.to(tl.float32), k_factor, kind)
+    high_code = encode(high.to(tl.float32), k_factor, kind)
+    value_code = encode(value.to(tl.float32), v_factor, kind)
+    tl.store(k + to + pair, low_code, mask=(pair < D // 2) & keep)
+    tl.store(k + to + D // 2 + pair, high_code, mask=(pair < D // 2) & keep)
+    tl.store(v + to + channel, value_code, mask=(channel < D) & keep)
+    return (
+        decode(low_code, dtype, FLOAT8).to(tl.float32),
+        decode(high_code, dtype, FLOAT8).to(tl.float32),
+        decode(value_code, dtype, FLOAT8).to(tl.float32),
+    )
 
 
 @triton.jit
+def _add_position(state, score, value):
+    """The online softmax over one position more: score [ROWS], -inf to leave it out, and value
+    [BLOCK_D]."""
+    output, top, total = state
+    new_top = tl.maximum(top, score)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight, decay = tl.exp2(score - base), tl.exp2(top - base)
+    output = output * decay[:, None] + weight[:, None] * value[None, :]
+    return output, new_top, total * decay + weight
+
+
+# What differs from launch to launch of one engine compiles once.
+@triton.jit(do_not_specialize=["window", "most", "table_stride", "columns"])
 def _decode(
-    out, q, k, v, k_scale, v_scale, kv_lens, table, partial, tops, arrivals,
-    score_scale, window, part_positions,
-    q_stride, head_stride, block_stride, table_stride,
+    out, q, k, v, cos, sin, k_cache, v_cache, k_scale, v_scale, slots, kv_lens, table,
+    partial, tops, score_scale, window, part_positions, most,
+    q_stride, k_stride, v_stride, block_tokens, head_stride, block_stride, table_stride, columns,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    JOINED: tl.constexpr, FLOAT8: tl.constexpr, KV_HEADS: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, BLOCK_D: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
+    IS_TILE: tl.constexpr, JOINERS: tl.constexpr, AT_ONCE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, FLOAT8: tl.constexpr, HOLD: tl.constexpr,
+    KV_HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    HALF: tl.constexpr = D // 2
+    dtype: tl.constexpr = q.dtype.element_ty
     pair, part = tl.program_id(0), tl.program_id(1)
-    sequence, kv_head = pair // KV_HEADS, pair % KV_HEADS
+    sequence, kv_head = (pair // KV_HEADS).to(tl.int64), pair % KV_HEADS
     k_factor, v_factor = scale_of(k_scale, kv_head), scale_of(v_scale, kv_head)
+    row, half, channel = tl.arange(0, ROWS), tl.arange(0, C), tl.arange(0, BLOCK_D)
+    is_head, is_half, is_channel = row < GROUP, half < HALF, channel < D
+    is_first = part == 0
     if PDL:
         tl.extra.cuda.gdc_wait()
     length = tl.load(kv_lens + sequence)
-    oldest = tl.maximum(length - window, 0)
-    start = oldest // BN * BN
-    parts = tl.maximum(tl.cdiv(length - start, part_positions), 1)
-    if part < parts:
-        row, channel = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-        is_head, is_channel = row < GROUP, channel < D
-        mask = is_head[:, None] & is_channel[None, :]
-        dtype: tl.constexpr = q.dtype.element_ty
-        at = row[:, None] * D + channel[None, :]
-        q += sequence.to(tl.int64) * q_stride + kv_head * (GROUP * D)
-        queries = tl.load(q + at, mask=mask, other=0.0)  # [ROWS, BLOCK_D]
-        table += sequence.to(tl.int64) * table_stride
-        k += kv_head.to(tl.int64) * head_stride
-        v += kv_head.to(tl.int64) * head_stride
+    past = tl.maximum(length - 1, 0)
+    oldest, start = 0, 0
+    if HAS_WINDOW:
+        oldest = tl.maximum(length - window, 0)
+        start = oldest // BN * BN
+    begin = start + part * part_positions
+    table += sequence * table_stride
+    place = place_tile(table, begin, columns, block_stride, BN, PAGE, D)
+    slot = tl.load(slots + sequence)
+    cosine = tl.load(cos + sequence * HALF + half, mask=is_half, other=0.0)
+    sine = tl.load(sin + sequence * HALF + half, mask=is_half, other=0.0)
+    q += sequence * q_stride + kv_head * (GROUP * D) + row[:, None] * D + half[None, :]
+    is_query = is_head[:, None] & is_half[None, :]
+    q_low = tl.load(q, mask=is_query, other=0.0)  # [ROWS, C]
+    q_high = tl.load(q + HALF, mask=is_query, other=0.0)
+    k += sequence * k_stride + kv_head * D + half
+    k_low = tl.load(k, mask=is_half & is_first, other=0.0)
+    k_high = tl.load(k + HALF, mask=is_half & is_first, other=0.0)
+    v += sequence * v_stride + kv_head * D + channel
+    value = tl.load(v, mask=is_channel & is_first, other=0.0)
+    parts = tl.maximum(tl.cdiv(past - start, part_positions), 1)
+    out += pair.to(tl.int64) * (GROUP * D)
+    partial += pair * most * (HEADS * BLOCK_D)
+    tops += pair * most * (JOINERS * HEADS)
+    if part >= most:
+        if JOINERS > 0:  # noqa: SIM102 (without joiners the rest does not compile)
+            if parts > 1:
+                join(
+                    out, partial, tops, parts, part - most,
+                    GROUP, HEADS, D, BLOCK_D, JOINERS, AT_ONCE,
+                )  # fmt: skip
+    elif part < parts:
+        to = slot_offset(slot, kv_head, block_tokens, block_stride, head_stride, D)
+        k_head = k_cache + kv_head.to(tl.int64) * head_stride
+        v_head = v_cache + kv_head.to(tl.int64) * head_stride
         factor = score_scale * k_factor
-        output = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        begin = start + part * part_positions
-        for first in range(begin, tl.minimum(begin + part_positions, length), BN):
-            positions = first + tl.arange(0, BN)
-            is_valid = (positions >= oldest) & (positions < length)
-            rows = tile_rows(table, positions, is_valid, block_stride, PAGE, D)
-            keys = load_tile(k, rows, is_valid, dtype, D, BLOCK_D, FLOAT8)
-            values = load_tile(v, rows, is_valid, dtype, D, BLOCK_D, FLOAT8)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
-            scores = tl.where(is_valid[None, :], scores, float("-inf"))
-            output, top, total = attend_tile((output, top, total), scores, values, dtype)
+        state = (
+            tl.zeros([ROWS, BLOCK_D], tl.float32),
+            tl.full([ROWS], float("-inf"), tl.float32),
+            tl.zeros([ROWS], tl.float32),
+        )
+        if IS_TILE:
+            positions = begin + tl.arange(0, BN)
+            is_valid = (positions >= oldest) & (positions < past)
+            codes = load_codes(k_head, v_head, place, is_valid, D, C, BLOCK_D)
+        cosine, sine = hold(cosine, HOLD), hold(sine, HOLD)
+        q_low, q_high = hold(q_low, HOLD), hold(q_high, HOLD)
+        q_low, q_high = turn(q_low, q_high, cosine[None, :], sine[None, :], dtype)
+        queries = hold(q_low, HOLD), hold(q_high, HOLD)
+        key = turn(k_low, k_high, cosine, sine, dtype)
+        new_low, new_high, new_value = _cache_new(
+            k_cache, v_cache, to, key[0], key[1], value, k_factor, v_factor,
+            is_first & (slot >= 0), dtype, D, C, BLOCK_D, FLOAT8,
+        )  # fmt: skip
+        products = q_low.to(tl.float32) * new_low[None, :]
+        products += q_high.to(tl.float32) * new_high[None, :]
         # A sequence without positions is padding: its output is zero.
-        output *= v_factor / tl.where(total > 0, total, 1.0)[:, None]
-        out += pair.to(tl.int64) * (GROUP * D)
-        if parts == 1:
-            tl.store(out + at, output.to(dtype), mask=mask)
+        is_new = is_first & (length > 0)
+        score = tl.where(is_new, tl.sum(products, axis=1) * factor, float("-inf"))
+        if IS_TILE:
+            tile = to_numbers(codes, dtype, FLOAT8, HOLD)
+            state = _attend(state, queries, tile, is_valid, factor, dtype)
         else:
-            most = tl.num_programs(1)
-            partial += pair.to(tl.int64) * most * (GROUP * D)
-            tops += pair * most * GROUP
-            tl.store(partial + part * (GROUP * D) + at, output, mask=mask)
-            tl.store(tops + part * GROUP + row, top + tl.log2(total), mask=is_head)
-            # All threads' stores come before the one thread's arrival, which releases them.
-            tl.debug_barrier()
-            if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == parts - 1:
-                tl.store(arrivals + pair, 0)
-                _join(out, partial, tops, parts, GROUP, HEADS, D, BLOCK_D, JOINED)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+            # Plain tiles go to the products as they lie in shared memory.
+            HELD: tl.constexpr = HOLD and k_cache.dtype.element_ty != dtype
+            for first in range(begin, tl.minimum(begin + part_positions, past), BN):
+                positions = first + tl.arange(0, BN)
+                is_valid = (positions >= oldest) & (positions < past)
+                codes = load_codes(k_head, v_head, place, is_valid, D, C, BLOCK_D)
+                # Where the next tile lies is asked a tile ahead.
+                place = place_tile(table, first + BN, columns, block_stride, BN, PAGE, D)
+                tile = to_numbers(codes, dtype, FLOAT8, HELD)
+                state = _attend(state, queries, tile, is_valid, factor, dtype)
+        output, top, total = _add_position(state, score, tl.where(is_new, new_value, 0.0))
+        total = tl.where(total > 0, total, 1.0)
+        output *= (v_factor / total)[:, None]
+        is_output = is_head[:, None] & is_channel[None, :]
+        to_output = row[:, None] * D + channel[None, :]
+        tl.store(out + to_output, output.to(dtype), mask=is_output & (parts == 1))
+        if JOINERS > 0:
+            is_part = is_head & (parts > 1)
+            to_part = part * (HEADS * BLOCK_D) + row[:, None] * BLOCK_D + channel[None, :]
+            store_words(partial + to_part, output, is_part[:, None])
+            heights = tl.broadcast_to((top + tl.log2(total))[None, :], [JOINERS, ROWS])
+            to_top = (part * JOINERS + tl.arange(0, JOINERS))[:, None] * HEADS + row[None, :]
+            store_words(tops + to_top, heights, is_part[None, :])
 
 
-class Split(NamedTuple):
-    """How the positions of a sequence are cut: at most `parts` runs of `positions` each."""
-
-    parts: int
-    positions: int
-
-
-@lru_cache(maxsize=4096)
-def plan_split(pairs: int, bound: int, tile: int, places: int) -> Split:
-    """The cheapest split for `pairs` (sequence, kv head) pairs of up to `bound` positions on a
-    GPU with `places` programs at once, counted in tiles of a program."""
-    tiles = max(1, -(-bound // tile))
-    most = 1 if pairs > MAX_SPLIT_PAIRS else min(tiles, MAX_PARTS)
-
-    def cost(parts: int) -> float:
-        waves = -(-pairs * parts // places)
-        join = parts * PART_COST if parts > 1 else 0
-        return waves * (-(-tiles // parts) + PROGRAM_COST) + join
-
-    per_part = -(-tiles // min(range(1, most + 1), key=cost))
-    return Split(-(-tiles // per_part), per_part * tile)
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Zero between launches: whoever joins a pair's parts resets its count. Launches that share
-    it must not overlap, which those of one stream do not."""
-    if device.type == "cuda":
-        assert not torch.cuda.is_current_stream_capturing(), "warm up before capturing a graph"
-    return torch.zeros(MAX_SPLIT_PAIRS, dtype=torch.int32, device=device)
-
-
-def decode(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
-    """`attention` where every sequence has one token; of `kv_lens` the greatest counts, as a
+def rope_decode(
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    layer: LayerCache,
+    batch: Attending,
+) -> Tensor:
+    """`rope_attention` where every sequence has one token; of `kv_lens` the greatest counts, as a
     bound."""
     (tokens, heads, dim), device = q_THD.shape, q_THD.device
-    k, v = stored(layer.k), stored(layer.v)
+    k, v, table_BM = stored(layer.k), stored(layer.v), batch.block_table_BM
     kv_heads, block_tokens = k.shape[1:3]
+    assert all(map(is_row_of_heads, (q_THD, k_TGD, v_TGD))) and batch.slots_T.is_contiguous()
+    assert cos_TC.is_contiguous() and sin_TC.is_contiguous()
+    assert cos_TC.shape == sin_TC.shape == (tokens, dim // 2), "one angle per pair of channels"
+    assert k.stride() == v.stride() and k.stride()[2:] == (dim, 1)
+    group, pairs = heads // kv_heads, tokens * kv_heads
     is_wide = q_THD.dtype == torch.float32
-    group, tile = heads // kv_heads, 32 if is_wide else 64
+    tile = 32 if is_wide else 64
     bound = max(batch.kv_lens)
     if batch.window is not None:
         # The first tile may begin before the window.
-        bound = min(bound, batch.window + tile - 1)
-    split = plan_split(tokens * kv_heads, bound, tile, RESIDENT * processors(device))
+        bound = min(bound, batch.window + tile)
+    split = plan_split(pairs, bound, tile, processors(device))
+    padded = max(MIN_ROWS, triton.next_power_of_2(dim))
+    group_rows = max(MIN_HEADS, triton.next_power_of_2(group))
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
-    partial = tops = arrivals = out_THD
-    if split.parts > 1:
-        shape = (tokens * kv_heads, split.parts, group)
-        partial = torch.empty(*shape, dim, dtype=torch.float32, device=device)
-        tops = torch.empty(shape, dtype=torch.float32, device=device)
-        arrivals = _arrivals(device)
-    _decode[(tokens * kv_heads, split.parts)](
-        out_THD, q_THD, k, v, layer.k_scale_G, layer.v_scale_G,
-        batch.kv_lens_B, batch.block_table_BM, partial, tops, arrivals,
-        batch.scale * LOG2_E, batch.window or NO_WINDOW, split.positions,
-        q_THD.stride(0), k.stride(1), k.stride(0), batch.block_table_BM.stride(0),
-        GROUP=group, HEADS=triton.next_power_of_2(group),
-        ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BN=tile,
-        PAGE=0 if batch.block_table_BM.shape[1] == 1 else block_tokens,
-        JOINED=JOINED, FLOAT8=has_float8(device), KV_HEADS=kv_heads,
-        num_warps=4, num_stages=1 if is_wide else 3, **launch_options(device),
+    partial = tops = batch.kv_lens_B
+    if split.joiners:
+        assert split.at_once * group_rows >= MIN_WORDS >= 32 * WARPS
+        partial, tops = workspace(device, group_rows * padded, group_rows * split.joiners)
+    _decode[(pairs, split.parts + split.joiners)](
+        out_THD, q_THD, k_TGD, v_TGD, cos_TC, sin_TC, k, v, layer.k_scale_G, layer.v_scale_G,
+        batch.slots_T, batch.kv_lens_B, table_BM, partial, tops,
+        batch.scale * LOG2_E, batch.window or NO_WINDOW, split.positions, split.parts,
+        q_THD.stride(0), k_TGD.stride(0), v_TGD.stride(0), block_tokens,
+        k.stride(1), k.stride(0), table_BM.stride(0), table_BM.shape[1],
+        GROUP=group, HEADS=group_rows, ROWS=max(MIN_ROWS, group_rows), D=dim,
+        C=max(MIN_ROWS, triton.next_power_of_2(dim // 2)), BLOCK_D=padded, BN=split.tile,
+        PAGE=0 if table_BM.shape[1] == 1 else block_tokens,
+        IS_TILE=split.positions == split.tile, JOINERS=split.joiners, AT_ONCE=split.at_once,
+        HAS_WINDOW=batch.window is not None, FLOAT8=has_float8(device),
+        HOLD=IS_COMPILED and not is_wide, KV_HEADS=kv_heads,
+        # A rotation rounds as two products and a sum do, as in `rope_write_kv`.
+        enable_fp_fusion=False,
+        num_warps=WARPS, num_stages=1 if is_wide else STAGES,
+        **launch_options(device),
     )  # fmt: skip
     return out_THD

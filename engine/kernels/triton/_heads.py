@@ -19,19 +19,26 @@ def is_row_of_heads(x_THD: Tensor) -> bool:
 
 
 @triton.jit
+def turn(low, high, cos, sin, dtype: tl.constexpr):
+    """Two halves of heads rotated, in fp32, and rounded to `dtype`."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
+
+
+@triton.jit
 def rotate(out, x, cos, sin, heads, HEADS: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr):
     """Rotate `heads` heads [heads, 2 HALF] at x into out; cos and sin are fp32 [HALF]."""
     head = tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, C)[None, :]
     at = head * (2 * HALF) + channel
     inside = (head < heads) & (channel < HALF)
-    low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # [HEADS, C]
-    high = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(x + at, mask=inside, other=0.0)  # [HEADS, C]
+    high = tl.load(x + at + HALF, mask=inside, other=0.0)
     cosine = tl.load(cos + channel, mask=channel < HALF, other=0.0)  # [1, C]
     sine = tl.load(sin + channel, mask=channel < HALF, other=0.0)
-    dtype = out.dtype.element_ty
-    tl.store(out + at, (low * cosine - high * sine).to(dtype), mask=inside)
-    tl.store(out + at + HALF, (high * cosine + low * sine).to(dtype), mask=inside)
+    low, high = turn(low, high, cosine, sine, out.dtype.element_ty)
+    tl.store(out + at, low, mask=inside)
+    tl.store(out + at + HALF, high, mask=inside)
 
 
 @triton.jit
@@ -39,17 +46,15 @@ def store_rotated(out, x, cos, sin, scale, keep, HALF: tl.constexpr, C: tl.const
     """Rotate one key of 2 HALF channels and store it where `keep`, as the cache stores it."""
     channel = tl.arange(0, C)
     inside = channel < HALF
-    low = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)  # [C]
-    high = tl.load(x + channel + HALF, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(x + channel, mask=inside, other=0.0)  # [C]
+    high = tl.load(x + channel + HALF, mask=inside, other=0.0)
     cosine = tl.load(cos + channel, mask=inside, other=0.0)
     sine = tl.load(sin + channel, mask=inside, other=0.0)
     # Codes are made of what an unquantised cache would hold.
-    dtype = x.dtype.element_ty
-    new_low = (low * cosine - high * sine).to(dtype).to(tl.float32)
-    new_high = (high * cosine + low * sine).to(dtype).to(tl.float32)
+    low, high = turn(low, high, cosine, sine, x.dtype.element_ty)
     kind = out.dtype.element_ty
-    tl.store(out + channel, encode(new_low, scale, kind), mask=inside & keep)
-    tl.store(out + channel + HALF, encode(new_high, scale, kind), mask=inside & keep)
+    tl.store(out + channel, encode(low.to(tl.float32), scale, kind), mask=inside & keep)
+    tl.store(out + channel + HALF, encode(high.to(tl.float32), scale, kind), mask=inside & keep)
 
 
 @triton.jit

@@ -82,6 +82,8 @@ def _prefill(
     BN: tl.constexpr, PAGE: tl.constexpr, HAS_WINDOW: tl.constexpr, FLOAT8: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     k_factor, v_factor = scale_of(k_scale, kv_head), scale_of(v_scale, kv_head)
     if PDL:
@@ -136,8 +138,6 @@ def _prefill(
         heads = tl.num_programs(1) * GROUP
         place = (start + token)[:, None].to(tl.int64) * (heads * D) + head[:, None] * D
         tl.store(out + place + channel[None, :], output.to(out.dtype.element_ty), mask=mask)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def prefill(

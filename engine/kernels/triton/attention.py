@@ -1,7 +1,7 @@
 """Grouped-query attention over the paged cache: which kernel takes which batch.
 
-One token per sequence: `_decode`. Otherwise `_prefill`, except long prompts that begin with this
-step, for which PyTorch has the faster kernels.
+Long prompts that begin with this step go to PyTorch, which has the faster kernels for them, and
+everything else to `_prefill`; `rope_attention` has a kernel for single tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.cache import LayerCache
 from engine.kernels.api import Attending
-from engine.kernels.triton._decode import decode
 from engine.kernels.triton._launch import capability
 from engine.kernels.triton._prefill import prefill
 from engine.kernels.triton._softmax import NO_WINDOW
@@ -36,23 +35,6 @@ BACKENDS = {(9, 0): [SDPBackend.CUDNN_ATTENTION, *FALLBACKS]}
 def attention(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     assert q_THD.stride(2) == 1 and q_THD.stride(1) == q_THD.shape[2]
     assert layer.k.stride() == layer.v.stride() and layer.k.stride()[2:] == (q_THD.shape[2], 1)
-    lens = batch.query_lens
-    if len(q_THD) == len(lens) and min(lens, default=1) == 1:
-        return decode(q_THD, layer, batch) if lens else torch.empty_like(q_THD)
-    return _attend_prompts(q_THD, layer, batch)
-
-
-class _Run(NamedTuple):
-    """Neighbouring sequences of one length: `count` of them from `sequence`, at packed `token`."""
-
-    sequence: int
-    count: int
-    token: int
-    length: int
-    is_whole: bool
-
-
-def _attend_prompts(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tensor:
     whole_from = WHOLE_FROM if _has_torch_kernel(q_THD, layer, batch) else NO_WINDOW
     runs = list(_runs(batch, whole_from))
     if len(runs) == 1 and runs[0].is_whole:
@@ -65,6 +47,16 @@ def _attend_prompts(q_THD: Tensor, layer: LayerCache, batch: Attending) -> Tenso
             part = slice(run.token, run.token + run.count * run.length)
             out_THD[part] = _whole_prompts(q_THD[part], layer, batch, run)
     return out_THD
+
+
+class _Run(NamedTuple):
+    """Neighbouring sequences of one length: `count` of them from `sequence`, at packed `token`."""
+
+    sequence: int
+    count: int
+    token: int
+    length: int
+    is_whole: bool
 
 
 def _has_torch_kernel(q_THD: Tensor, layer: LayerCache, batch: Attending) -> bool:

@@ -17,14 +17,13 @@ def _rope(
     HEADS: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     left = heads - first
     source = x + token * x_stride + first * 2 * HALF
     target = out + (token * heads + first) * 2 * HALF
     rotate(target, source, cos + token * HALF, sin + token * HALF, left, HEADS, HALF, C)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def rope(q_THD: Tensor, k_TGD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,8 @@ def _rope_write_kv(
     q_stride, k_stride, v_stride, block_tokens, block_stride, head_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     HALF: tl.constexpr = D // 2
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -46,8 +48,6 @@ def _rope_write_kv(
     k += token * k_stride + head * D
     store_rotated(k_cache + at, k, cos, sin, scale_k, slot >= 0, HALF, C)
     store_head(v_cache + at, v + token * v_stride + head * D, scale_v, slot >= 0, D, 2 * C)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def rope_write_kv(

@@ -24,6 +24,8 @@ def _write_kv(
     k_stride, v_stride, block_tokens, block_stride, head_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale_k, scale_v = scale_of(k_scale, head), scale_of(v_scale, head)
     if PDL:
@@ -32,8 +34,6 @@ def _write_kv(
     at = slot_offset(slot, head, block_tokens, block_stride, head_stride, D)
     store_head(k_cache + at, k + token * k_stride + head * D, scale_k, slot >= 0, D, BLOCK_D)
     store_head(v_cache + at, v + token * v_stride + head * D, scale_v, slot >= 0, D, BLOCK_D)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def write_kv(k_TGD: Tensor, v_TGD: Tensor, layer: LayerCache, slots_T: Tensor) -> None:
