@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.cache import LayerCache
 from engine.kernels import api as ops
+from engine.kernels import reference
 from engine.kernels.api import Attending
 from engine.kernels.triton import _launch
 from engine.kernels.triton._prefill import prefill
@@ -85,7 +86,8 @@ def make_cache(sequences: int, length: int, kv_heads: int, block: int, codes: st
     if dtype == torch.int8:
         stored = torch.randint(-127, 128, shape, dtype=dtype, device="cuda")
     else:
-        stored = torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(100).to(dtype)
+        numbers = torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(100)
+        stored = numbers.clamp_(-448, 448).to(dtype)
     scale = torch.full((kv_heads,), 0.01, device="cuda")
     return LayerCache(*stored, scale, scale)
 
@@ -94,16 +96,30 @@ def make_batch(sequences: int, query_len: int, length: int, block: int) -> Atten
     columns = -(-length // block)
     table = torch.arange(sequences * columns, dtype=torch.int32, device="cuda")
     starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * query_len
+    # Blocks lie in the order of the positions.
+    ends = torch.arange(length - query_len, length, device="cuda")
+    slots = torch.arange(sequences, device="cuda")[:, None] * (columns * block) + ends
     return Attending(
         query_lens=(query_len,) * sequences,
         kv_lens=(length,) * sequences,
         kv_lens_B=torch.full((sequences,), length, dtype=torch.int32, device="cuda"),
         query_starts_B1=starts,
         block_table_BM=table.view(sequences, columns),
-        slots_T=torch.zeros(sequences * query_len, dtype=torch.int64, device="cuda"),
+        slots_T=slots.flatten(),
         window=None,
         scale=HEAD_DIM**-0.5,
     )
+
+
+def make_rows(
+    tokens: int, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """q, k and v of the fused projection, and cos and sin of some angles."""
+    shape = (tokens, heads + 2 * kv_heads, HEAD_DIM)
+    qkv = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    angles = 6.3 * torch.rand(tokens, HEAD_DIM // 2, device="cuda")
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    return q, k, v, (angles.cos(), angles.sin())
 
 
 def contiguous(
@@ -152,16 +168,18 @@ def measure_decoding(case: Decoding, copy: float) -> dict[str, Any]:
         make_cache(case.batch, case.context, kv_heads, block, case.codes) for _ in range(layers)
     ]
     batch = make_batch(case.batch, 1, case.context, block)
-    q_THD = torch.randn(case.batch, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    check(ops.attention(q_THD, caches[0], batch), q_THD, caches[0], case.batch)
-    time = time_us([partial(ops.attention, q_THD, cache, batch) for cache in caches])
+    q, k, v, angles = make_rows(case.batch, heads, kv_heads)
+    o_THD = ops.rope_attention(q, k, v, *angles, caches[0], batch)
+    check(o_THD, reference.rope(q, k, *angles)[0], caches[0], case.batch)
+    calls = [partial(ops.rope_attention, q, k, v, *angles, cache, batch) for cache in caches]
+    time = time_us(calls)
     record = case._asdict() | {
         "us": round(time, 2),
         "GB/s": round(nbytes / time / 1e3),
         "copy_share": round(nbytes / time * 1e6 / copy, 3),
     }
     if case.codes == "bf16":
-        record["sdpa_us"] = round(time_us(sdpa_decoding(q_THD, caches, case.batch)), 2)
+        record["sdpa_us"] = round(time_us(sdpa_decoding(q, caches, case.batch)), 2)
     return record
 
 
@@ -221,9 +239,7 @@ def measure_rows(model: str, tokens: int) -> dict[str, Any]:
     x = torch.randn(tokens, width, **options)
     weight = torch.randn(width, **options)
     gate_up = torch.randn(tokens, 2 * ffn, **options)
-    qkv = torch.randn(tokens, heads + 2 * kv_heads, HEAD_DIM, **options)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    angles = torch.randn(2, tokens, HEAD_DIM // 2, device="cuda")
+    q, k, v, angles = make_rows(tokens, heads, kv_heads)
     slots = torch.arange(tokens, device="cuda")
     calls: dict[str, Call] = {
         "rms_norm": partial(ops.rms_norm, x, weight, 1e-5),
