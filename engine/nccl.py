@@ -92,7 +92,10 @@ class OneShotGroup(NcclGroup):
 def open_one_shot(group: NcclGroup, world: World, device: torch.device) -> NcclGroup:
     """`group` with small sums in shared memory, or itself where a GPU of any group cannot read
     another's. Every rank of `world` calls it."""
-    problem = _find_problem(world.all_gather((socket.gethostname(), device.index)))
+    import torch.distributed as dist
+
+    places = world.all_gather((socket.gethostname(), device.index))
+    problem = _find_problem([places[rank] for rank in dist.get_process_group_ranks(group._group)])
     shared = None
     if not any(world.all_gather(problem)):
         try:
@@ -110,7 +113,7 @@ def open_one_shot(group: NcclGroup, world: World, device: torch.device) -> NcclG
 
 
 def _find_problem(places: Sequence[tuple[str, int]]) -> str | None:
-    """What keeps this rank's GPU from reading those of all ranks: (host, device) each."""
+    """What keeps this rank's GPU from reading those of its group: (host, device) each."""
     import torch
 
     if len({host for host, _ in places}) > 1:
