@@ -9,8 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-# What a part costs beyond its tiles, and a tile where each multiprocessor has a program.
-PART_COST, BUSY_COST = 0.1, 1.4
+# What a part costs beyond its tiles, more if it is a loop over several.
+PART_COST, LOOP_COST = 0.1, 0.6
+# A tile, alone on its multiprocessor and where there is one on each.
+TILE_COST, BUSY_COST = 1.2, 1.4
 # Waiting for the parts of others, and joining some of them at a time.
 WAIT_COST, ROUND_COST = 0.7, 1.3
 # (sequence, kv head) pairs times parts, where there are parts to join.
@@ -41,9 +43,10 @@ def plan_split(pairs: int, bound: int, tile: int, processors: int) -> Split:
     most = max(1, min(tiles, MAX_PARTS, MAX_JOINED // pairs))
 
     def cost(parts: int) -> float:
-        busy = max(1.0, BUSY_COST * pairs * parts / processors)
+        tile_cost = max(TILE_COST, BUSY_COST * pairs * parts / processors)
+        each = -(-tiles // parts)
         join = WAIT_COST + ROUND_COST * -(-parts // MANY_PARTS) if parts > 1 else 0
-        return (-(-tiles // parts) + PART_COST) * busy + join
+        return (each + (LOOP_COST if each > 1 else PART_COST)) * tile_cost + join
 
     per_part = -(-tiles // min(range(1, most + 1), key=cost))
     parts = -(-tiles // per_part)
