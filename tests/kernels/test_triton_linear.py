@@ -322,7 +322,7 @@ def test_every_batch_has_a_default(op: str, tokens: int) -> None:
 
 def test_k_is_split_where_outputs_are_few() -> None:
     few, many = (
-        _tactics.choose("linear_w8a8", 1, outputs, 4096, 132).splits for outputs in (4096, 64000)
+        _tactics.choose("linear_w8a8", 2, outputs, 4096, 132).splits for outputs in (4096, 64000)
     )
     assert (few, many) == (8, 1)
     assert processors(torch.device("cpu")) > 0
