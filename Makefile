@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Two files of tests at a time, each on one thread.
+TWO    := -n 2 --dist loadfile
 ENGINE := trtllm_models/tiny-yi_tp1_pp1
 
 .PHONY: install demo test unit lint clean
@@ -29,10 +31,10 @@ demo: $(VENV)/.installed
 	    --input_text "The module provides a function that" "A list is"
 
 test: $(VENV)/.installed-dev lint
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pytest
+	PATH=$(CURDIR)/$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO)
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/unit tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) tests/unit tests/kernels
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

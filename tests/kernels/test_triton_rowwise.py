@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.cache import LayerCache
 from engine.kernels import reference
 from tests.kernels.helpers import DTYPES, assert_close, poisoned, random
+from tests.kernels.test_write_kv import ROUNDED, code_layer, decode
 from tests.kernels.triton_mode import DEVICE, prepare_interpreter, run_compiled
 
 prepare_interpreter()
@@ -66,6 +67,22 @@ def test_rows_wider_than_a_program_are_refused() -> None:
     assert row_block(MAX_WIDTH) == (MAX_WIDTH, 16)
     with pytest.raises(AssertionError, match="32769"):
         row_block(MAX_WIDTH + 1)
+
+
+@pytest.mark.parametrize("codes", list(ROUNDED), ids=str)
+def test_codes_are_rounded_half_to_even_and_saturate(codes: torch.dtype) -> None:
+    """Infinities included."""
+    rounded = ROUNDED[codes]
+    layer = code_layer(codes, blocks=1, block_tokens=4, head_dim=len(rounded), device=DEVICE)
+    values_D = torch.tensor(list(rounded), device=DEVICE)
+    k_TGD, v_TGD = (
+        (sign * values_D * scale_G[:, None])[None]
+        for sign, scale_G in ((1, layer.k_scale_G), (-1, layer.v_scale_G))
+    )
+    write_kv(k_TGD, v_TGD, layer, torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    expected = [float(code) for code in rounded.values()]
+    assert decode(layer.k.cpu()[0, 0, 0]).tolist() == expected
+    assert decode(layer.v.cpu()[0, 0, 0]).tolist() == [-code for code in expected]
 
 
 @DTYPES

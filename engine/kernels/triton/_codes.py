@@ -25,6 +25,8 @@ E4M3_SCALE = tl.constexpr(2.0**120)
 E4M3_MAX = tl.constexpr(448.0)
 E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
 E4M3_STEPS = tl.constexpr(2.0**9)
+# Far beyond what any code saturates at.
+MAX_QUOTIENT = tl.constexpr(2.0**100)
 
 
 def stored(cache: Tensor) -> Tensor:
@@ -80,10 +82,15 @@ def encode(x, scale, dtype: tl.constexpr, FLOAT8: tl.constexpr = False):
 
 @triton.jit
 def divide(x, scale):
-    """x / scale, rounded to nearest: a division for all of x, and one step of Newton's method each
-    (Markstein 1990). `scale` is a scalar; the quotient is finite."""
-    inverse = tl.div_rn(tl.full([], 1.0, tl.float32), scale)
-    quotient = x * inverse
+    """x / scale, rounded to nearest; `scale` is a scalar."""
+    return divide_by(x, scale, tl.div_rn(tl.full([], 1.0, tl.float32), scale))
+
+
+@triton.jit
+def divide_by(x, scale, inverse):
+    """x / scale by 1 / scale: one division for all of x, and a step of Newton's method each
+    (Markstein 1990), from a finite quotient even of an infinity."""
+    quotient = tl.minimum(tl.maximum(x * inverse, -MAX_QUOTIENT), MAX_QUOTIENT)
     return tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.triton._codes import divide_by
 from engine.kernels.triton._words import (
     ROUNDER,
     finish_row,
@@ -132,9 +133,7 @@ def _scaled(value, normed_by, rms, x_scale, inverse, dtype: tl.constexpr):
     if normed_by is not None:
         value = (value * rms).to(dtype).to(tl.float32)
         value = (value * normed_by).to(dtype).to(tl.float32)
-    # A first quotient, corrected by what it leaves.
-    quotient = value * inverse
-    return tl.fma(tl.fma(-quotient, x_scale, value), inverse, quotient)
+    return divide_by(value, x_scale, inverse)
 
 
 @triton.jit

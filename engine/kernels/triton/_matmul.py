@@ -300,7 +300,9 @@ def multiply_tiles(
     _tiles[grid](
         y_TN, bits_of(x_TK), bits_of(weights.codes), weights.scale, x_scale, residual_TN, partial,
         counters, tokens, config.splits, outputs, weights.inputs, *strides,
-        TOKEN_SCALE=x_scale is not None and x_scale.numel() > 1, FLOAT8=has_float8(x_TK.device),
+        TOKEN_SCALE=x_scale is not None and x_scale.numel() > 1,
+        # Hopper's sums of float8 products have 14 bits, those of fp16 all of fp32's.
+        FLOAT8=has_float8(x_TK.device) and y_TN.dtype != torch.float32,
         **options,
     )  # fmt: skip
     return y_TN
