@@ -9,6 +9,8 @@ Knows nothing of prompts being computed (static_batch) or of beams, whose choice
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -137,6 +139,8 @@ class GraphPool:
     def __init__(self, network: Yi):
         self._network = network
         self._cache: KVCache | None = None
+        # NCCL's communicators, stopped at exit as well, wait for all graphs that use them.
+        atexit.register(_clear, weakref.ref(self))
         self._captured: dict[tuple, tuple[DecodeLoop, torch.cuda.CUDAGraph]] = {}
 
     def clear(self) -> None:
@@ -175,6 +179,11 @@ class GraphPool:
             loop.advance(self._network, cache)
         loop.load_state_dict(before)
         return graph
+
+
+def _clear(pool: weakref.ref[GraphPool]) -> None:
+    if (alive := pool()) is not None:
+        alive.clear()
 
 
 def run_ahead(loop: DecodeLoop, replay: Callable[[], None]) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ from engine.graph import BUCKETS, GraphPool, pad_rows
 from engine.graphed_batch import GraphedBatch
 from engine.sampling import SamplingParams
 from tests.cli.build_runner import SMALL_DUMMY, run_here
+from tests.conftest import ROOT
 
 PROMPTS = [[5, 9, 3], [7], [11, 2, 8, 4, 6, 1, 3, 9, 30], [20, 21]]
 GREEDY = SamplingParams(max_new_tokens=12, end_ids=())
@@ -246,3 +249,20 @@ def test_a_cache_grows_to_serve_what_came_before_if_that_is_cheap(
 ):
     monkeypatch.setattr(session, "_cache_shape", held)
     assert session._grow(*needed) == shape
+
+
+def test_graphs_go_before_what_they_use_stops() -> None:
+    """At exit, even of a program that still holds its session."""
+    program = """if True:
+        import atexit
+        from engine.graph import GraphPool
+        class Graph:
+            def __del__(self):
+                print("graph")
+        atexit.register(print, "communicators")
+        pool = GraphPool(None)
+        pool._captured["plan"] = None, Graph()
+    """
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.split() == ["graph", "communicators"]
