@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from benchmarks.quality import BASELINE, BEGIN, END, EXACT, MODES, Quality, Workshop, measure
+from benchmarks.marks import read_between
+from benchmarks.quality import BASELINE, EXACT, MARK, MODES, Quality, Workshop, measure
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -34,10 +35,9 @@ BOUNDS = {
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[str]]:
     """Mode → the cells of its row."""
-    text = (ROOT / "README.md").read_text()
-    between = text.partition(BEGIN)[2].partition(END)[0]
+    between = read_between(ROOT / "README.md", MARK)
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in between.splitlines()]
-    return {name: cells for name, *cells in rows[3:]}
+    return {name: cells for name, *cells in rows[2:]}
 
 
 @pytest.fixture(scope="module")
