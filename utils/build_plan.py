@@ -159,7 +159,7 @@ def _settle_quant(
     """
     quant = asked.joined(checkpoint.quant, is_group_given=is_group_given)
     if quant.algorithm is Algorithm.FP8 and checkpoint.quant is None:
-        is_calibrated = checkpoint.is_calibrated
+        is_calibrated = checkpoint.is_calibrated or is_dummy
         quant = replace(quant, per_token=not is_calibrated, per_channel=not is_calibrated)
     if quant.kv is KVStorage.INT8 and checkpoint.cache_scales(0, quant.kv) is None:
         raise UserError(

@@ -112,8 +112,8 @@ _ROUNDERS = {
     Algorithm.FP8: Rounder(Fp8, numerics.FP8, numerics.fp8_rows),
 }
 
-# Inputs of a model with random weights are normed and stay within some standard deviations.
-DUMMY_INPUT_RANGE = 6.0
+# Inputs of a model with random weights are normed, and both stay within some standard deviations.
+DUMMY_INPUT_RANGE, DUMMY_WEIGHT_RANGE = 6.0, 0.125
 
 
 def _dummy_rounder(quant: QuantConfig) -> Rounder:
@@ -123,7 +123,8 @@ def _dummy_rounder(quant: QuantConfig) -> Rounder:
         return Rounder(partial(Int8, input_scale=input_scale), torch.int8, numerics.int8_rows)
     if quant.algorithm is Algorithm.FP8:
         input_scale = DUMMY_INPUT_RANGE / numerics.FP8_MAX
-        return Rounder(partial(Fp8, input_scale=input_scale), numerics.FP8, numerics.fp8_rows)
+        round_rows = partial(numerics.fp8_tensor, scale=DUMMY_WEIGHT_RANGE / numerics.FP8_MAX)
+        return Rounder(partial(Fp8, input_scale=input_scale), numerics.FP8, round_rows)
     if quant.algorithm in _ROUNDERS:
         return _ROUNDERS[quant.algorithm]
     return Rounder(
