@@ -24,6 +24,10 @@ _LAUNCHERS = (
 EAGER_BYTES = 64 * 1024
 
 
+# How prompts meet 4-bit weights in groups on a CPU: "exact", or "int8", rounded to 8 bits.
+INT4_PROMPTS = "YI_ENGINES_INT4_PROMPTS"
+
+
 class Launch(NamedTuple):
     """What the launcher says of this process; `ranks` is None where it does not say."""
 
@@ -80,6 +84,21 @@ def thread_limit() -> int | None:
     if not outermost.isdecimal() or int(outermost) == 0:
         raise UserError(f"OMP_NUM_THREADS '{text}' is not a number of threads; set 1 or more")
     return int(outermost)
+
+
+def rounds_int4_prompts() -> bool:
+    """Whether INT4_PROMPTS asks for rounded prompts; UserError for a value that says nothing."""
+    value = os.environ.get(INT4_PROMPTS, "").strip() or "exact"
+    if value not in ("exact", "int8"):
+        raise UserError(
+            f"{INT4_PROMPTS} '{value}' is unknown; set it to exact or int8, or unset it"
+        )
+    return value == "int8"
+
+
+def own_settings() -> dict[str, str]:
+    """This project's own variables that are set, for the record of a measurement."""
+    return {name: os.environ[name] for name in (INT4_PROMPTS,) if os.environ.get(name)}
 
 
 def cxx_compiler() -> str | None:

@@ -95,6 +95,18 @@ def test_prompts_of_one_digit_are_rounded_by_groups(library) -> None:
     assert torch.equal(product(x[:15]), int4.pack(library("int4"), *layer.arrays)(x[:15]))
 
 
+def test_the_environment_asks_for_rounded_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights in groups and 16-bit tokens; nothing else changes."""
+    layer = groups_layer(48, 256, 64, torch.float16, has_zero=True)
+    exact = cpu_int4.bind_groups(*layer.arrays)
+    monkeypatch.setenv(env.INT4_PROMPTS, "int8")
+    rounded = cpu_int4.bind_groups(*layer.arrays)
+    for dtype in TOLERANCES:
+        x = random(40, 256, dtype=dtype)
+        assert torch.equal(rounded(x), exact(x)) == (dtype == torch.float32)
+        assert torch.equal(rounded(x[:4]), exact(x[:4]))
+
+
 def test_int4_tokens_of_zeros_and_of_nan(library) -> None:
     layer = groups_layer(20, 64, 32, torch.float16, has_zero=True)
     x = random(4, 64, dtype=torch.bfloat16)

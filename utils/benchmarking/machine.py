@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from engine import env
+
 PACKAGES = ("torch", "triton", "transformers", "llama-cpp-python", "vllm")
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -46,8 +48,10 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:
-    """The command line that `script` was given."""
-    return shlex.join(["python", *shlex.split(script), *(sys.argv[1:] if argv is None else argv)])
+    """The command line that `script` was given, with this project's variables before it."""
+    settings = [f"{name}={value}" for name, value in env.own_settings().items()]
+    given = sys.argv[1:] if argv is None else argv
+    return shlex.join([*settings, "python", *shlex.split(script), *given])
 
 
 def today() -> str:

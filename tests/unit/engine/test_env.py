@@ -91,3 +91,22 @@ def test_mpi_defaults_leave_the_users_setting(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(name, "8192")
     env.set_mpi_defaults()
     assert os.environ[name] == "8192"
+
+
+@pytest.mark.parametrize(
+    ("value", "rounds"), [(None, False), ("", False), ("exact", False), (" int8 ", True)]
+)
+def test_int4_prompts(monkeypatch: pytest.MonkeyPatch, value: str | None, rounds: bool) -> None:
+    monkeypatch.delenv(env.INT4_PROMPTS, raising=False)
+    if value is not None:
+        monkeypatch.setenv(env.INT4_PROMPTS, value)
+    assert env.rounds_int4_prompts() is rounds
+    assert env.own_settings() == ({env.INT4_PROMPTS: value} if value else {})
+
+
+def test_int4_prompts_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.INT4_PROMPTS, "fast")
+    with pytest.raises(
+        UserError, match="YI_ENGINES_INT4_PROMPTS 'fast' .* set it to exact or int8"
+    ):
+        env.rounds_int4_prompts()
