@@ -107,6 +107,6 @@ def test_int4_prompts(monkeypatch: pytest.MonkeyPatch, value: str | None, rounds
 def test_int4_prompts_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.INT4_PROMPTS, "fast")
     with pytest.raises(
-        UserError, match="YI_ENGINES_INT4_PROMPTS 'fast' .* set it to exact or int8"
+        UserError, match="INT4_PROMPTS 'fast' .* set it to exact or int8"
     ):
         env.rounds_int4_prompts()
