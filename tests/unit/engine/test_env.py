@@ -106,7 +106,5 @@ def test_int4_prompts(monkeypatch: pytest.MonkeyPatch, value: str | None, rounds
 
 def test_int4_prompts_of_another_kind_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.INT4_PROMPTS, "fast")
-    with pytest.raises(
-        UserError, match="INT4_PROMPTS 'fast' .* set it to exact or int8"
-    ):
+    with pytest.raises(UserError, match="INT4_PROMPTS 'fast' .* set it to exact or int8"):
         env.rounds_int4_prompts()
