@@ -28,7 +28,8 @@ class Packing:
         self._pending = start(make, *arguments)
 
     @cached_property
-    def _product(self) -> Any:
+    def product(self) -> Any:
+        """The product itself; waits for it."""
         return self._pending.result()
 
     def multiply_by(self, factor_K: Tensor) -> None:
@@ -38,11 +39,11 @@ class Packing:
         self._pending = start(_adjusted, self._pending, "divide_by", divisor_K)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        y_TN: Tensor = self._product(x_TK)
+        y_TN: Tensor = self.product(x_TK)
         return y_TN
 
     def fused(self, x_TK: Tensor, **around: Any) -> Tensor | None:
-        y_TN: Tensor | None = self._product.fused(x_TK, **around)
+        y_TN: Tensor | None = self.product.fused(x_TK, **around)
         return y_TN
 
 

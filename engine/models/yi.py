@@ -24,6 +24,7 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import Arrays, Norm, Projection
 from engine.layers.mlp import MLP
 from engine.layers.rope import RotaryEmbedding
+from engine.layers.stack import HeadShape, Stack
 from engine.mapping import LocalShape, Mapping
 from engine.quant import Algorithm, QuantConfig
 
@@ -52,6 +53,7 @@ class Block:
         self._attn = Attention(arrays.at("attn"), attn_norm, shape, parallel.tp)
         self._mlp = MLP(arrays.at("mlp"), mlp_norm, parallel.tp)
         self.products = (*self._attn.products, *self._mlp.products)
+        self.norms = (attn_norm.weight_E, mlp_norm.weight_E)
 
     def __call__(
         self,
@@ -106,6 +108,8 @@ class Yi:
         self._rotary = RotaryEmbedding(config, self.device)
         blocks = [arrays.at(f"blocks.{slot}") for slot, _ in mapping.layers(config)]
         self._blocks = [Block(block, config, shape, parallel) for block in blocks]
+        heads = HeadShape(shape.heads, shape.kv_heads, shape.head_dim)
+        self._stack = Stack(self._blocks, heads, config.rms_norm_eps, parallel.tp)
         self.kv_scales = _stack_kv_scales(blocks)
         if mapping.is_first_stage:
             self._embed = Embedding(arrays.tensor("embed.weight"), embedding_dim, parallel.tp)
@@ -126,8 +130,7 @@ class Yi:
         else:
             h_TE = self._parallel.recv_prev((len(step.tokens_T), self._width), self.dtype)
         angles = self._rotary(step.positions_T, step.lengths_T)
-        for slot, block in enumerate(self._blocks):
-            h_TE = block(h_TE, angles, cache.layer(slot), step.attending)
+        h_TE = self._stack(h_TE, angles, cache, step.attending)
         if not self._mapping.is_last_stage:
             self._parallel.send_next(h_TE)
             return None

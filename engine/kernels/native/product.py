@@ -27,7 +27,7 @@ PROMPT_TOKENS = 16
 # A token of smaller values loses bits.
 MIN_TOKEN_RANGE = 1e-30
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -115,13 +115,22 @@ class PackedProduct:
     ) -> Tensor | None:
         """The product of RMSNorm's result, halved by SwiGLU, added to the residual; None for
         widths and dtypes that the kernel does not take."""
-        if norm is not None and (self.inputs % LANES or norm[0].dtype != x_TK.dtype):
-            return None
-        if is_gated and self.outputs % (2 * ROWS):
+        if not self.fuses(None if norm is None else norm[0], x_TK.dtype, is_gated=is_gated):
             return None
         if residual_TN is not None and residual_TN.dtype != x_TK.dtype:
             return None
         return self._run(x_TK, norm, is_gated, residual_TN)
+
+    def fuses(self, norm_K: Tensor | None, dtype: torch.dtype, *, is_gated: bool) -> bool:
+        """Whether the kernel has the norm and the gate for tokens of `dtype`."""
+        if norm_K is not None and (self.inputs % LANES or norm_K.dtype != dtype):
+            return False
+        return not (is_gated and self.outputs % (2 * ROWS))
+
+    def native_call(self, dtype: torch.dtype) -> tuple[int | None, int, int]:
+        """Addresses of the kernel and of its matrix, and the digits of a few tokens of `dtype`."""
+        kernel = ctypes.cast(self._multiply, _POINTER).value
+        return kernel, self._matrix_address, self._digits[dtype]
 
     def _run(
         self,
@@ -146,7 +155,7 @@ class PackedProduct:
             _address(residual_TN),
             y_TN.data_ptr(),
             len(x_TK),
-            _DTYPES[dtype],
+            DTYPES[dtype],
             digits[dtype],
             is_gated,
             torch.get_num_threads(),
