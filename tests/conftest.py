@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,22 @@ SMALL_HF = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quiet_again() -> Iterator[None]:
-    """A script that a test runs in this process sets the level of the log: for that test alone."""
+@contextmanager
+def log_as_before() -> Iterator[None]:
+    """A script that is run in this process sets the level of the log: for that run alone."""
     logger = logging.getLogger("yi")
     before = logger.level, logger.propagate, list(logger.handlers)
-    yield
-    logger.setLevel(before[0])
-    logger.propagate, logger.handlers[:] = before[1], before[2]
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.propagate, logger.handlers[:] = before[1], before[2]
+
+
+@pytest.fixture(autouse=True)
+def quiet_again() -> Iterator[None]:
+    with log_as_before():
+        yield
 
 
 WriteHF = Callable[..., dict[str, torch.Tensor]]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import build
-from tests.conftest import ROOT
+from tests.conftest import ROOT, log_as_before
 from utils.cli import run_main
 
 # Flags of a model of 20 kB without a checkpoint.
@@ -38,6 +38,7 @@ def run_here(*flags: str | Path) -> Finished:
             mock.patch.object(sys, "argv", argv),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            log_as_before(),
         ):
             run_main(build.main)
     except SystemExit as end:
