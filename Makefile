@@ -34,7 +34,7 @@ test: $(VENV)/.installed-dev lint
 	PATH=$(CURDIR)/$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO)
 
 unit: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) tests/unit tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) tests/unit
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
