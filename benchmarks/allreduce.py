@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from engine.comm import Group, World, open_world
+from engine.errors import UserError
 from engine.threads import share_threads
 from utils.cli import Parser, positive_int, run_main
 
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=positive_int, nargs="+", default=[4096, 7168])
     parser.add_argument("--calls", type=positive_int, default=2000)
     args = parser.parse_args(argv)
+    if args.one_shot and args.device == "cpu":
+        raise UserError("--one_shot is for GPUs; add --device cuda or leave it out")
 
     world = open_world()
     share_threads(world)

@@ -22,8 +22,10 @@ import torch
 from benchmark import dummy_engine
 from engine.backends import open_engine
 from engine.comm import World
+from engine.errors import UserError
+from engine.kernels.native import compiled
 from engine.sampling import SamplingParams
-from utils.benchmarking.dummy import QUANT_FLAGS, DummyEngine
+from utils.benchmarking.dummy import DummyEngine
 from utils.benchmarking.workload import Workload, random_prompts
 from utils.cli import Parser, positive_int, run_main
 
@@ -93,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=positive_int, default=128, help="default: %(default)s")
     parser.add_argument("--work_dir", metavar="DIR", help="for the engine, for example /dev/shm")
     args = parser.parse_args(argv)
-    assert args.quant in QUANT_FLAGS
+    if compiled.load("blocks") is None:
+        raise UserError("cpu_step measures compiled kernels; install a C++ compiler, or set CXX")
     dummy = DummyEngine("yi-6b", args.layers, args.quant)
     work = Workload(1, args.context, NEW_TOKENS)
     with dummy_engine(dummy, [work], world=World(), work_dir=args.work_dir) as (folder, _):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.errors import UserError
+
 
 def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -22,7 +24,12 @@ def write_between(path: Path, name: str, text: str) -> None:
 
 def _cut(path: Path, name: str) -> tuple[str, str, str]:
     begin, end = marks(name)
-    before, _, rest = path.read_text().partition(begin)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a Markdown file") from None
+    before, _, rest = text.partition(begin)
     between, found, after = rest.partition(end)
-    assert found, f"{path} has no marks {begin} … {end}"
+    if not found:
+        raise UserError(f"{path} has no lines '{begin}' and '{end}'; put them where the table goes")
     return before, between, after

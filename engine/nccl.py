@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("yi.comm")
 
 # Sums of up to so many bytes are taken in shared memory: every rank reads all of everyone's, where
-# NCCL's ring takes longer to start and moves less (benchmarks/allreduce.py).
+# NCCL's ring takes longer to start and moves less. Where the two cross has not been measured.
 ONE_SHOT_BYTES = 256 << 10
 # Widest load of a GPU: the kernel wants whole ones.
 LOAD_BYTES = 16

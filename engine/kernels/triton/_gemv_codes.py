@@ -9,9 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.kernels.triton._codes import divide_by
-from engine.kernels.triton._words import (
+from engine.kernels.triton._codes import (
+    E4M3_MAX,
+    E4M3_MIN_NORMAL,
+    E4M3_SCALE,
+    E4M3_STEPS,
     ROUNDER,
+    divide_by,
+)
+from engine.kernels.triton._words import (
     finish_row,
     load_residual,
     load_values,
@@ -47,9 +53,6 @@ cvt.f32.f16 $1, h1;
 ROUND_REGISTERS = tl.constexpr("=f,=f,f,f")
 # Elsewhere: sign and the other seven bits, moved to where fp32 has them, are 2^-120 of the number.
 E4M3_BITS = tl.constexpr(-2014314496)  # 0x87F00000
-E4M3_SCALE = tl.constexpr(2.0**120)
-E4M3_MAX, E4M3_MIN_NORMAL = tl.constexpr(448.0), tl.constexpr(2.0**-6)
-E4M3_STEPS = tl.constexpr(2.0**9)
 
 
 @triton.jit

@@ -62,7 +62,7 @@ _ROWS_WARPS = {
     # Rounding a token to float8 takes more instructions, which more rows share.
     "linear_fp8": ((8, 4), (4, 4), (8, 2), (4, 8)),
 }
-# Programs that keep a token have the least warps for which its parts fit their registers.
+# Of programs that keep a token; those whose registers it does not fit are left out.
 _NIBBLES_ROWS_WARPS_RESIDENT = (
     (4, 4, 4), (4, 4, 2), (8, 2, 4), (4, 2, 4), (4, 2, 8), (8, 4, 2), (2, 4, 4), (4, 8, 2),
     (4, 8, 1), (2, 8, 2), (4, 16, 1),

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Adding 1.5 · 2^23 to a small fp32 rounds it to a whole number, which the lowest bits then hold.
-ROUNDER = tl.constexpr(12582912.0)
+from engine.kernels.triton._codes import ROUNDER
+
 # A chunk's values are written with 16 bits: an unsigned lower and a signed upper byte.
 DIGITS_MAX = tl.constexpr(32767.0)
 # What is left of fp32 values is written with 16 bits more.

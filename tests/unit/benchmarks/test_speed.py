@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import speed
+import pytest
+
+from benchmarks import allreduce, cpu_step, speed
 from benchmarks.marks import read_between, write_between
+from engine.errors import UserError
+from engine.kernels.native import compiled
 
 README = Path(__file__).resolve().parents[3] / "README.md"
 
@@ -45,9 +49,27 @@ def test_readme_shows_the_records() -> None:
     assert read_between(README, speed.MARK) == speed.tables()
 
 
+def test_a_file_without_the_marks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    with pytest.raises(UserError, match="page.md cannot be read .*; name a Markdown file"):
+        write_between(path, "x", "new")
+    path.write_text("nothing")
+    with pytest.raises(UserError, match="page.md has no lines '<!-- x: begin -->' and"):
+        write_between(path, "x", "new")
+    assert path.read_text() == "nothing"
+
+
 def test_text_between_marks_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
     write_between(path, "x", "new\nlines")
     assert path.read_text() == "a\n<!-- x: begin -->\nnew\nlines\n<!-- x: end -->\nb\n"
     assert read_between(path, "x") == "new\nlines"
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--one_shot is for GPUs; add --device cuda"):
+        allreduce.main(["--one_shot"])
+    monkeypatch.setattr(compiled, "load", lambda name: None)
+    with pytest.raises(UserError, match="cpu_step measures compiled kernels; install a C"):
+        cpu_step.main(["--layers", "1"])
