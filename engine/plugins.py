@@ -89,7 +89,8 @@ def plugin_config(flags: Mapping[str, Any], dtype: str, tp: int) -> dict[str, An
 
 def wants_one_shot(config: Mapping[str, Any]) -> bool:
     """Whether an engine's config.json asks for sums of tensor-parallel ranks in shared memory."""
-    return bool(config.get("plugin_config", {}).get("use_custom_all_reduce"))
+    section = config.get("plugin_config")
+    return isinstance(section, Mapping) and section.get("use_custom_all_reduce") is True
 
 
 def builder_switches(flags: Mapping[str, Any]) -> dict[str, Any]:

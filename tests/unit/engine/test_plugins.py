@@ -110,5 +110,6 @@ def test_custom_all_reduce_is_asked_of_the_run(flag):
     assert without_effect(switches, {"use_custom_all_reduce": False}) == ()
 
 
-def test_an_engine_without_switches_asks_for_nothing():
-    assert wants_one_shot({}) is False
+@pytest.mark.parametrize("config", [{}, {"plugin_config": 5}, {"plugin_config": {}}])
+def test_an_engine_without_switches_asks_for_nothing(config):
+    assert wants_one_shot(config) is False
