@@ -8,7 +8,7 @@ import torch
 from engine.kernels.triton._gemv import _gemv
 from engine.kernels.triton._gemv_codes import _gemv_codes
 from engine.kernels.triton._gemv_words import _gemv_bytes, _gemv_halves, _gemv_nibbles
-from engine.kernels.triton._matmul import _tiles, _tiles_nibbles, fit
+from engine.kernels.triton._matmul import VARYING, _tiles, _tiles_nibbles, fit
 from engine.kernels.triton._quantize import _quantize
 from engine.kernels.triton._tactics import GEMV, candidates
 from engine.kernels.triton._weights import Weights
@@ -31,12 +31,13 @@ def gemv(op: str, *, is_gated: bool) -> Case:
     config = candidates(op, 1, OUTPUTS, INPUTS)[0]
     kernel = {"linear": _gemv_halves, "linear_int8": _gemv_bytes}.get(op, _gemv_nibbles)
     types = {
-        **dict.fromkeys(("y", "x", "norm", "residual"), "*bf16"), "codes": "*i32",
+        **dict.fromkeys(("y", "x", "norm", "factor", "residual"), "*bf16"), "codes": "*i32",
         "scale": "*fp32" if op == "linear_int8" else "*fp16", "zero": "*u8", "eps": "fp32",
         **BYTES,
     }  # fmt: skip
     constants = {
-        "GATED": is_gated, "HAS_GROUPS": True, "HALF": 32, "BN": config.rows // (1 + is_gated),
+        "RMS": True, "GATED": is_gated, "HAS_GROUPS": True, "HALF": 32,
+        "BN": config.rows // (1 + is_gated),
         "C": 32 * config.warps, "PARTS": INPUTS // (32 * 32 * config.warps), "ASSEMBLY": True,
         "PDL": False,
     }  # fmt: skip
@@ -84,7 +85,7 @@ def tiles(op: str, tokens: int, *, is_gated: bool, float8: bool = True) -> Case:
         "scale": None if op == "linear" else "*fp32",
         "x_scale": "*fp32" if has_codes else None, "residual": None if is_gated else "*bf16",
         "partial": ("*i32" if op == "linear_w8a8" else "*fp32") if splits > 1 else None,
-        "counters": "*i32" if splits > 1 else None, "tokens": "i32", "splits": "i32",
+        "counters": "*i32" if splits > 1 else None, **dict.fromkeys(VARYING, "i32"),
         **ROW, **STRIDES,
     }  # fmt: skip
     constants = {
@@ -93,7 +94,7 @@ def tiles(op: str, tokens: int, *, is_gated: bool, float8: bool = True) -> Case:
         "STAGES": config.stages, "PDL": False,
     }  # fmt: skip
     name = f"tiles {op} {tokens}"
-    return Case(name, _tiles, types, constants, {"num_warps": config.warps}, ("tokens", "splits"))
+    return Case(name, _tiles, types, constants, {"num_warps": config.warps}, tuple(VARYING))
 
 
 def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
@@ -106,7 +107,7 @@ def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
     types = {
         "y": dtype, "x": dtype, "codes": "*u8", "scale": "*fp16", "zero": "*u8",
         "residual": None if is_gated else dtype, "partial": "*fp32", "counters": "*i32",
-        "tokens": "i32", "splits": "i32", **BYTES, **STRIDES,
+        **dict.fromkeys(VARYING, "i32"), **BYTES, **STRIDES,
     }  # fmt: skip
     constants = {
         "GATED": is_gated, "GROUPS": True, "HALF": 32, "ASSEMBLY": True, "BN": config.rows,
@@ -114,9 +115,7 @@ def tiles_nibbles(tokens: int, dtype: str, *, is_gated: bool) -> Case:
         "PDL": False,
     }  # fmt: skip
     name = f"tiles int4 {tokens} {dtype}"
-    return Case(
-        name, _tiles_nibbles, types, constants, {"num_warps": config.warps}, ("tokens", "splits")
-    )
+    return Case(name, _tiles_nibbles, types, constants, {"num_warps": config.warps}, tuple(VARYING))
 
 
 def quantize(codes: str) -> Case:

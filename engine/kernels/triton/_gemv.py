@@ -36,11 +36,13 @@ WORD_BYTES = 8
 
 class Around(NamedTuple):
     """What a block has around the product: RMSNorm before it (weight [K], epsilon), the gate after
-    it (gate's rows before up's), the residual [1, N] added to it."""
+    it (gate's rows before up's), the residual [1, N] added to it. Products of nibbles may have a
+    factor [K] of the token in place of a norm."""
 
     norm: tuple[Tensor, float] | None = None
     is_gated: bool = False
     residual_1N: Tensor | None = None
+    factor_K: Tensor | None = None
 
 
 PLAIN = Around()
@@ -110,6 +112,7 @@ def multiply_token(
 ) -> Tensor:
     """y [1, N] (or [1, N/2] if gated) of x [1, K], of x's dtype."""
     assert x_1K.shape == (1, weights.inputs) and x_1K.stride(1) == 1
+    assert around.factor_K is None or (weights.block and around.norm is None)
     codes, y_1N = weights.codes, _make_output(x_1K, weights, around)
     norm_K, eps = around.norm or (None, 0.0)
     grid, shared = _launch(y_1N, config, around)
@@ -136,9 +139,10 @@ def multiply_token(
     else:
         chunks = triton.cdiv(words.shape[1] * words.element_size(), CHUNK_BYTES)
         programs = _resident(grid[0], config.resident, x_1K.device)
+        factor_K = around.factor_K if norm_K is None else norm_K
         _gemv_nibbles[(programs,)](
-            y_1N, x_1K, words, weights.scale, weights.zero_NR, norm_K, around.residual_1N,
-            *sizes, weights.group or weights.inputs, eps,
+            y_1N, x_1K, words, weights.scale, weights.zero_NR, factor_K, around.residual_1N,
+            *sizes, weights.group or weights.inputs, eps, RMS=norm_K is not None,
             HAS_GROUPS=bool(weights.group), HALF=weights.block // 2,
             PARTS=triton.cdiv(chunks, shared["C"]), ASSEMBLY=IS_COMPILED, **shared,
         )  # fmt: skip

@@ -143,14 +143,14 @@ def _gemv_bytes(
 
 
 @triton.jit
-def _load_chunk(x, norm, first, HALF: tl.constexpr, inside):
+def _load_chunk(x, factor, first, HALF: tl.constexpr, inside):
     """What the low and what the high nibbles meet, eight values at a time, and Σ x² [C, 1]."""
-    low_front, squares = load_normed(x, norm, first, False, inside)
-    low_back, more = load_normed(x, norm, first, True, inside)
+    low_front, squares = load_normed(x, factor, first, False, inside)
+    low_back, more = load_normed(x, factor, first, True, inside)
     squares += more
-    high_front, more = load_normed(x, norm, first + HALF, False, inside)
+    high_front, more = load_normed(x, factor, first + HALF, False, inside)
     squares += more
-    high_back, more = load_normed(x, norm, first + HALF, True, inside)
+    high_back, more = load_normed(x, factor, first + HALF, True, inside)
     return (low_front, low_back), (high_front, high_back), squares + more
 
 
@@ -162,17 +162,17 @@ def _first_input(chunk, HALF: tl.constexpr):
 
 @triton.jit
 def _load_token(
-    x, norm, inputs,
+    x, factor, inputs,
     HALF: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, LEVELS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """The token as digits: LEVELS entries (low, high, total, step) for each of PARTS times C
+    """x · factor as digits: LEVELS entries (low, high, total, step) for each of PARTS times C
     chunks, and Σ x² [C, 1]."""
     squares = tl.zeros([C, 1], tl.float32)
     entries = ()
     for part in tl.static_range(PARTS):
         first = _first_input(part * C + tl.arange(0, C), HALF)
-        low, high, square = _load_chunk(x, norm, first, HALF, first < inputs)
+        low, high, square = _load_chunk(x, factor, first, HALF, first < inputs)
         squares += square
         low_step = step_of(range_of(low[0]), range_of(low[1]))
         high_step = step_of(range_of(high[0]), range_of(high[1]))
@@ -247,12 +247,14 @@ def _nibble_sums(
 
 @triton.jit
 def _gemv_nibbles(
-    y, x, codes, scale, zero, norm, residual, outputs, width, group_size, eps,
-    GATED: tl.constexpr, HAS_GROUPS: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
-    C: tl.constexpr, PARTS: tl.constexpr, ASSEMBLY: tl.constexpr, PDL: tl.constexpr,
+    y, x, codes, scale, zero, factor, residual, outputs, width, group_size, eps,
+    RMS: tl.constexpr, GATED: tl.constexpr, HAS_GROUPS: tl.constexpr, HALF: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """HALF: bytes of a nibble block. A program keeps the token, PARTS times C chunks, as digits and
-    takes blocks of BN rows in turn; a chunk lies within a nibble block, and so within one group."""
+    """HALF: bytes of a nibble block. A program keeps the token, times `factor` if there is one, as
+    digits of PARTS times C chunks and takes blocks of BN rows in turn; a chunk lies within a nibble
+    block, and so within one group. RMS: sums are divided by the token's root mean square."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     LEVELS: tl.constexpr = 2 if x.dtype.element_ty == tl.float32 else 1
@@ -270,8 +272,8 @@ def _gemv_nibbles(
         )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-    token, squares = _load_token(x, norm, width * 8, HALF, C, PARTS, LEVELS, ASSEMBLY)
-    rms = rms_of(squares, width * 8, eps, norm is not None)
+    token, squares = _load_token(x, factor, width * 8, HALF, C, PARTS, LEVELS, ASSEMBLY)
+    rms = rms_of(squares, width * 8, eps, RMS)
     for _ in range(begin, outputs, stride):
         added = load_residual(residual, row, row < outputs)
         will_be = row + stride < outputs

@@ -72,20 +72,27 @@ def split_words(tile):
 
 
 @triton.jit
+def _load_four(x, first, inside):
+    """fp32 elements first [C] … first + 3, each [C, 1]."""
+    at = first[:, None, None] + tl.arange(0, 4)[None, None, :]
+    values = tl.load(x + at, mask=inside[:, None, None], other=0.0)
+    even, odd = tl.split(tl.reshape(values, [first.shape[0], 1, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def load_values(x, first, BACK: tl.constexpr, inside):
     """Eight neighbours in fp32, as four tensors [C, 1, 2] of those that meet the bytes 0 … 3 of two
     words: elements first [C], first + 1 … or, if BACK, from first + 8 on.
 
-    16-bit ones come as four words of 32 bits, so that a lane loads 16 bytes and keeps what its
-    codes meet.
+    A lane loads 16 bytes at a time and keeps what its codes meet.
     """
     if x.dtype.element_ty == tl.float32:
-        x += first[:, None, None] + 8 * BACK + 4 * tl.arange(0, 2)[None, None, :]
-        here = inside[:, None, None]
-        x0 = tl.load(x, mask=here, other=0.0)
-        x1 = tl.load(x + 1, mask=here, other=0.0)
-        x2 = tl.load(x + 2, mask=here, other=0.0)
-        x3 = tl.load(x + 3, mask=here, other=0.0)
+        a0, a1, a2, a3 = _load_four(x, first + 8 * BACK, inside)
+        b0, b1, b2, b3 = _load_four(x, first + 8 * BACK + 4, inside)
+        x0, x1, x2, x3 = tl.join(a0, b0), tl.join(a1, b1), tl.join(a2, b2), tl.join(a3, b3)
     else:
         column = (first // 2)[:, None, None] + 4 * BACK + tl.arange(0, 4)[None, None, :]
         words = tl.load(
@@ -111,7 +118,7 @@ def halves(words, dtype: tl.constexpr):
 
 @triton.jit
 def load_normed(x, norm, first, BACK: tl.constexpr, inside):
-    """`load_values` of x · norm, and the sum of their x² [C, 1]."""
+    """`load_values` of x · norm (any factors of the inputs), and the sum of their x² [C, 1]."""
     x0, x1, x2, x3 = load_values(x, first, BACK, inside)
     squares = tl.zeros([first.shape[0], 1], tl.float32)
     if norm is not None:
