@@ -10,7 +10,7 @@ from engine.cache import LayerCache
 from engine.comm import Group
 from engine.kernels import api as ops
 from engine.kernels.api import Attending
-from engine.layers.linear import Arrays, Norm
+from engine.layers.linear import Arrays, Norm, Use
 from engine.layers.parallel import RowParallel
 from engine.mapping import LocalShape
 
@@ -22,14 +22,15 @@ class QKV(NamedTuple):
 
 
 class Attention:
-    """h [T, E] → h + attention(norm(h)); new keys and values are cached before they are read."""
+    """h [T, E] → h + attention(norm(h)), maybe in h's memory; new keys and values are cached before
+    they are read."""
 
     def __init__(self, arrays: Arrays, norm: Norm, shape: LocalShape, tp: Group):
         self._norm = norm
         self._qkv = arrays.linear("qkv")
         self._out = RowParallel(arrays.linear("out"), tp)
         self._shape = shape
-        self.products = (self._qkv.product, self._out.product)
+        self.uses = (Use(self._qkv.product, norm), self._out.use)
 
     def __call__(
         self, h_TE: Tensor, angles: tuple[Tensor, Tensor], layer: LayerCache, batch: Attending

@@ -47,12 +47,21 @@ class Norm(NamedTuple):
         return ops.rms_norm(x_TE, self.weight_E, self.eps)
 
 
+class Use(NamedTuple):
+    """A linear layer's operation, and what the model has around it: see `Projection`."""
+
+    product: Callable[[Tensor], Tensor]
+    norm: Norm | None = None
+    is_gated: bool = False
+    has_residual: bool = False
+
+
 class Projection:
     """A linear layer with what a block does around it.
 
     y = linear(norm(x)), halved by SwiGLU where `is_gated`, added to the residual where one is
-    given. A layer that does it all in one pass is asked first and may decline; its result differs
-    from the steps' by roundings of the engine's dtype.
+    given, whose memory y may take over. A layer that does it all in one pass is asked first and
+    may decline; its result differs from the steps' by roundings of the engine's dtype.
     """
 
     def __init__(self, linear: Linear):

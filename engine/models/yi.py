@@ -7,7 +7,7 @@ Dimensions (sizes are local to the rank):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as Names
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from engine.kernels.api import Attending
 from engine.layers.attention import Attention
 from engine.layers.dense import Dense
 from engine.layers.embedding import Embedding
-from engine.layers.linear import Arrays, Norm, Projection
+from engine.layers.linear import Arrays, Norm, Projection, Use
 from engine.layers.mlp import MLP
 from engine.layers.rope import RotaryEmbedding
 from engine.layers.stack import HeadShape, Stack
@@ -52,7 +52,8 @@ class Block:
         mlp_norm = Norm(arrays.tensor("mlp_norm.weight"), eps)
         self._attn = Attention(arrays.at("attn"), attn_norm, shape, parallel.tp)
         self._mlp = MLP(arrays.at("mlp"), mlp_norm, parallel.tp)
-        self.products = (*self._attn.products, *self._mlp.products)
+        self.uses = (*self._attn.uses, *self._mlp.uses)
+        self.products = tuple(use.product for use in self.uses)
         self.norms = (attn_norm.weight_E, mlp_norm.weight_E)
 
     def __call__(
@@ -76,7 +77,7 @@ class Head:
             table_VE = _tied_head(arrays.tensor("embed.weight"), config, parallel)
             self._head = Projection(Dense({"weight": table_VE}))
         self._vocab, self._tp = config.vocab_size, parallel.tp
-        self.product = self._head.product
+        self.use = Use(self._head.product, self._norm)
 
     def __call__(self, h_RE: Tensor) -> Tensor:
         logits_RV = self._tp.all_gather(self._head(h_RE, norm=self._norm))
@@ -116,12 +117,12 @@ class Yi:
         if mapping.is_last_stage:
             self._head = Head(arrays, config, quant, parallel)
 
-    def products(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def uses(self) -> Iterator[Use]:
         """The linear layers' operations, with their weights."""
         for block in self._blocks:
-            yield from block.products
+            yield from block.uses
         if self._mapping.is_last_stage:
-            yield self._head.product
+            yield self._head.use
 
     @torch.inference_mode()
     def __call__(self, step: Step, cache: KVCache) -> Tensor | None:

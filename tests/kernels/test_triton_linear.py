@@ -25,7 +25,14 @@ from tests.kernels.triton_mode import DEVICE, IS_INTERPRETED
 
 triton_mode.prepare_interpreter()
 
-from engine.kernels.triton import _matmul, _tactics, _tuning, _weights, _words  # noqa: E402
+from engine.kernels.triton import (  # noqa: E402
+    _matmul,
+    _tactics,
+    _tuning,
+    _weights,
+    _widen,
+    _words,
+)
 from engine.kernels.triton._launch import processors  # noqa: E402
 from engine.kernels.triton._product import Product  # noqa: E402
 from engine.kernels.triton._tactics import GEMV, LIBRARY, TILES, Config  # noqa: E402
@@ -263,22 +270,25 @@ def test_fused(
         assert_close(y, truth)
 
 
-def test_fused_declines_what_a_library_computes() -> None:
-    product = bound("linear_int8", int8_layer(16, 64))
-    x = random(2, 64, dtype=torch.float16, device=DEVICE)
-    assert product.run(x, Config(LIBRARY), residual_TN=x[:, :16]) is None
-
-
+@pytest.mark.parametrize("op", ["linear", "linear_int8"])
 @DTYPES
 @FUSED
 def test_fused_around_a_library(
-    dtype: torch.dtype, has_norm: bool, is_gated: bool, has_residual: bool
+    op: str,
+    dtype: torch.dtype,
+    has_norm: bool,
+    is_gated: bool,
+    has_residual: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layer, x = dense_layer(36, 64, dtype), random(3, 64, dtype=dtype)
+    # Weights are widened in three blocks of rows, the last one shorter.
+    monkeypatch.setattr(_widen, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(_widen, "WIDE_WEIGHTS", 16 * 64)
+    layer, x = make(op, 36, 64, dtype), random(3, 64, dtype=dtype)
     weight = random(64, dtype=dtype, seed=7) if has_norm else None
     residual = random(3, 18 if is_gated else 36, dtype=dtype, seed=8) if has_residual else None
     truth = gate_truth(norm_truth(x, weight) @ layer.matrix.T, is_gated, residual)
-    y = bound("linear", layer).run(
+    y = bound(op, layer).apply(
         x.to(DEVICE),
         Config(LIBRARY),
         None if weight is None else (weight.to(DEVICE), EPS),
@@ -287,6 +297,31 @@ def test_fused_around_a_library(
     )
     assert y.dtype == dtype
     assert_close(y, truth)
+
+
+@DTYPES
+@FUSED
+@pytest.mark.parametrize("config", [SMALL_GEMV, SMALL_TILES, Config(LIBRARY)], ids=lambda c: c.kind)
+def test_factors_of_the_inputs(
+    dtype: torch.dtype, has_norm: bool, is_gated: bool, has_residual: bool, config: Config
+) -> None:
+    layer = groups_layer(36, 192, 64, torch.float16, has_zero=False)
+    tokens = 1 if config.kind == GEMV else 3
+    x, factor = random(tokens, 192, dtype=dtype), random(192, seed=3).abs() + 0.5
+    weight = random(192, dtype=dtype, seed=7) if has_norm else None
+    width = 18 if is_gated else 36
+    residual = random(tokens, width, dtype=dtype, seed=8) if has_residual else None
+    truth = norm_truth(x, weight) * factor.double() @ layer.matrix.T
+    product = bound("linear_int4_groups", layer)
+    product.multiply_by(factor.to(DEVICE))
+    norm = None if weight is None else (weight.to(DEVICE), EPS)
+    for _ in range(2):  # the norm's weight with the factors in it is kept
+        given = None if residual is None else residual.to(DEVICE, copy=True)
+        y = product.apply(x.to(DEVICE), config, norm, is_gated, given)
+        assert y.dtype == dtype
+        assert_close(y, gate_truth(truth, is_gated, residual))
+    plain = product.apply(x.to(DEVICE), config)
+    assert_close(plain, x.double() * factor.double() @ layer.matrix.T)
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_int8", "linear_w8a8"])

@@ -1,9 +1,9 @@
-"""Linear layers of all modes: which kernel a call gets, and what is fused around it.
+"""Linear layers of all modes: which kernels a call gets, and what is fused around it.
 
 `fused` is y = product(rms_norm(x)), gated if asked (gate's rows before up's), plus the residual,
-in as few kernels as the configuration has; None if it has none for the case. Sums stay in fp32
-through scale, gate and residual and are rounded once; RMSNorm's factor is applied to the sum. So
-results differ from the steps' by roundings of the dtype.
+in as few kernels as the configuration has. Sums stay in fp32 through scale, gate and residual and
+are rounded once; RMSNorm's factor is applied to the sum. So results differ from the steps' by
+roundings of the dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.triton._gemv import Around, multiply_token
@@ -21,6 +20,7 @@ from engine.kernels.triton._tactics import GEMV, LIBRARY, Config, choose
 from engine.kernels.triton._weights import Weights
 from engine.kernels.triton._widen import multiply_widened
 from engine.kernels.triton.rms_norm import rms_norm
+from engine.kernels.triton.silu_mul import silu_mul
 
 Norm = tuple[Tensor, float]
 
@@ -38,11 +38,6 @@ class Product:
         x_TK = _with_rows(x_TK)
         return self.apply(x_TK, self.choose(x_TK))
 
-    def apply(self, x_TK: Tensor, config: Config) -> Tensor:
-        """y by the kernel of `config`, or by a library where it has none."""
-        y_TN = self.run(x_TK, config)
-        return self._by_library(x_TK) if y_TN is None else y_TN
-
     def fused(
         self,
         x_TK: Tensor,
@@ -50,9 +45,28 @@ class Product:
         norm: Norm | None = None,
         is_gated: bool = False,
         residual_TN: Tensor | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor:
+        """May write the result over the residual."""
         x_TK = _with_rows(x_TK)
-        return self.run(x_TK, self.choose(x_TK), norm, is_gated, residual_TN)
+        return self.apply(x_TK, self.choose(x_TK), norm, is_gated, residual_TN)
+
+    def apply(
+        self,
+        x_TK: Tensor,
+        config: Config,
+        norm: Norm | None = None,
+        is_gated: bool = False,
+        residual_TN: Tensor | None = None,
+    ) -> Tensor:
+        """`fused` by the kernels of `config`, or by a library where it has none."""
+        y_TN = self.run(x_TK, config, norm, is_gated, residual_TN)
+        if y_TN is not None:
+            return y_TN
+        x_TK = self.prepare(x_TK, norm)
+        if not is_gated:
+            return self.by_library(x_TK, residual_TN)
+        y_TN = silu_mul(self.by_library(x_TK))
+        return y_TN if residual_TN is None else residual_TN + y_TN
 
     def choose(self, x_TK: Tensor) -> Config:
         weights = self.weights
@@ -68,27 +82,27 @@ class Product:
     ) -> Tensor | None:
         """The kernels of `config`, or None if they do not serve these tokens."""
         if config.kind == GEMV and len(x_TK) == 1:
-            around = Around(norm, is_gated, residual_TN)
+            around = self.around(norm, is_gated, residual_TN)
             return multiply_token(x_TK, self.weights, config, around)
         # Tensor cores have no fp32 products.
         if config.kind == LIBRARY or x_TK.dtype == torch.float32:
             return None
         return multiply_tiles(
-            x_TK if norm is None else rms_norm(x_TK, *norm), self.weights, config,
+            self.prepare(x_TK, norm), self.weights, config,
             is_gated=is_gated, residual_TN=residual_TN,
         )  # fmt: skip
 
-    def _by_library(self, x_TK: Tensor) -> Tensor:
-        return multiply_widened(x_TK, self.weights)
+    def around(self, norm: Norm | None, is_gated: bool, residual_TN: Tensor | None) -> Around:
+        """What a token's kernel does beside the product."""
+        return Around(norm, is_gated, residual_TN)
 
+    def prepare(self, x_TK: Tensor, norm: Norm | None) -> Tensor:
+        """What the weights meet, where that is made by kernels of its own."""
+        return x_TK if norm is None else rms_norm(x_TK, *norm)
 
-class DenseProduct(Product):
-    """16-bit or fp32 weights: cuBLAS but for a single token, unless tiles measured faster."""
-
-    op = "linear"
-
-    def _by_library(self, x_TK: Tensor) -> Tensor:
-        return F.linear(x_TK, self.weights.codes)
+    def by_library(self, x_TK: Tensor, residual_TN: Tensor | None = None) -> Tensor:
+        """cuBLAS, which adds the residual to its sums, in its place."""
+        return multiply_widened(x_TK, self.weights, residual_TN)
 
 
 def _with_rows(x_TK: Tensor) -> Tensor:

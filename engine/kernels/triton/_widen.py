@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ BLOCK = 2048
 WARPS = 4
 # Weights widened at a time: 256 MiB of bf16, all of a layer of Yi-6B.
 WIDE_WEIGHTS = 2**27
+ROW_MULTIPLE = 256
 NIBBLE_ZERO = tl.constexpr(8)
 
 
@@ -63,10 +63,19 @@ def _widen_nibbles(
     tl.store(out + HALF, (((code >> 4) - shift).to(tl.float32) * factor).to(dtype), mask=inside)
 
 
-def multiply_widened(x_TK: Tensor, weights: Weights) -> Tensor:
-    """y [T, N] in x's dtype, to which the weights are rounded."""
-    parts = [F.linear(x_TK, widen(part, x_TK.dtype)) for part in _row_blocks(weights)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def multiply_widened(x_TK: Tensor, weights: Weights, residual_TN: Tensor | None = None) -> Tensor:
+    """y [T, N] in x's dtype, to which the weights are rounded; or added to `residual_TN`, in its
+    place."""
+    y_TN = residual_TN
+    if y_TN is None:
+        y_TN = torch.empty(len(x_TK), weights.outputs, dtype=x_TK.dtype, device=x_TK.device)
+    for rows in _row_blocks(weights):
+        wide_KN, part_TN = widen(weights.rows(rows), x_TK.dtype).T, y_TN[:, rows]
+        if residual_TN is None:
+            torch.mm(x_TK, wide_KN, out=part_TN)
+        else:
+            part_TN.addmm_(x_TK, wide_KN)
+    return y_TN
 
 
 def widen(weights: Weights, dtype: torch.dtype) -> Tensor:
@@ -87,6 +96,10 @@ def widen(weights: Weights, dtype: torch.dtype) -> Tensor:
     return wide_NK
 
 
-def _row_blocks(weights: Weights) -> Iterator[Weights]:
-    step = max(1, WIDE_WEIGHTS // weights.inputs)
-    return (weights.rows(slice(i, i + step)) for i in range(0, weights.outputs, step))
+def _row_blocks(weights: Weights) -> Iterator[slice]:
+    """Blocks of about equally many rows: cuBLAS is several times slower where a block's results do
+    not begin at multiples of 16 bytes."""
+    outputs = weights.outputs
+    blocks = -(-outputs * weights.inputs // WIDE_WEIGHTS)
+    step = -(-outputs // (blocks * ROW_MULTIPLE)) * ROW_MULTIPLE
+    return (slice(i, min(i + step, outputs)) for i in range(0, outputs, step))
