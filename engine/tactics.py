@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from engine.comm import World
 from engine.engine_file import dump_json
 from engine.kernels.triton import _tactics
 from engine.kernels.triton._launch import processors
+from engine.layers.linear import Use
 from engine.models.yi import Yi
 
 logger = logging.getLogger("yi.tactics")
@@ -34,20 +36,48 @@ VERSION = 1
 BUDGET_SECONDS = 25.0
 
 Tactics = dict[str, list[str | int]]
-# measure(layers of one shape, tokens [T, K], configurations): puts the fastest into the table.
+# measure(layers of one shape, tokens [T, K], configurations, what is around each layer): puts the
+# fastest into the table.
 Tune = Callable[..., Any]
 
 
 class Case(NamedTuple):
     """Layers of one shape, and a number of tokens to measure them with."""
 
-    products: list[Any]
+    uses: list[Use]
     tokens: int
+
+    @property
+    def products(self) -> list[Any]:
+        return [use.product for use in self.uses]
 
     @property
     def key(self) -> tuple[str, int, int, int]:
         first = self.products[0]
         return first.op, self.tokens, first.weights.outputs, first.weights.inputs
+
+    def make_tokens(self, network: Yi) -> Tensor:
+        """Random ones [T, K]."""
+        return _random(self.tokens, self.key[-1], network)
+
+    def around(self, network: Yi) -> list[dict[str, Any]]:
+        """What the model has around each product, with residuals [T, N] of random numbers."""
+        return [
+            {
+                "norm": use.norm,
+                "is_gated": use.is_gated,
+                "residual_TN": self._residual(use, network) if use.has_residual else None,
+            }
+            for use in self.uses
+        ]
+
+    def _residual(self, use: Use, network: Yi) -> Tensor:
+        outputs = self.key[2] // (2 if use.is_gated else 1)
+        return _random(self.tokens, outputs, network)
+
+
+def _random(tokens: int, width: int, network: Yi) -> Tensor:
+    return torch.randn(tokens, width, dtype=network.dtype, device=network.device)
 
 
 def read_cache(path: Path) -> dict[str, Tactics]:
@@ -115,13 +145,14 @@ def complete_tactics(engine_dir: Path, network: Yi, world: World, *, rows: int) 
 def find_cases(network: Yi, rows: int) -> list[Case]:
     """What has not been measured of a network's layers, those for one token first."""
     by_shape = defaultdict(list)
-    for product in network.products():
+    for use in network.uses():
+        product: Any = use.product
         # Only Triton's products have kernels to choose from.
         if hasattr(product, "op"):
             weights = product.weights
-            by_shape[product.op, weights.outputs, weights.inputs].append(product)
+            by_shape[product.op, weights.outputs, weights.inputs].append(use)
     buckets = sorted({1, _tactics.token_bucket(rows)})
-    cases = [Case(products, tokens) for tokens in buckets for products in by_shape.values()]
+    cases = [Case(uses, tokens) for tokens in buckets for uses in by_shape.values()]
     return [case for case in cases if _is_open(*case.key)]
 
 
@@ -144,8 +175,7 @@ def measure(
             logger.warning("measuring took long: the next run measures the rest")
             break
         configs = _tactics.short_list(*case.key, processors(network.device))
-        inputs = case.key[-1]
         with torch.inference_mode():
-            x_TK = torch.randn(case.tokens, inputs, dtype=network.dtype, device=network.device)
-            tune(case.products, x_TK, configs=configs)
+            x_TK, around = case.make_tokens(network), case.around(network)
+            tune(case.products, x_TK, configs=configs, around=around)
     return {key: found for key, found in _tactics.measured().items() if key not in before}

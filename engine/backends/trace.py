@@ -114,10 +114,8 @@ class Trace:
         for turn in range(max(map(len, lists), default=0)):
             for case, configs in zip(cases, lists, strict=True):
                 config = configs[turn % len(configs)]
-                x_TK = torch.empty(
-                    case.tokens, case.key[-1], dtype=self._network.dtype, device=META
-                )
-                case.products[0].apply(x_TK, config)
+                around = case.around(self._network)[0]
+                case.products[0].apply(case.make_tokens(self._network), config, **around)
                 record(*case.key, config)
             for tokens in {case.tokens for case in cases}:
                 self._decode(min(tokens, pad_rows(most)), shortest, GREEDY)

@@ -20,8 +20,9 @@ TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FEW_TOKENS = 128
 
 MAX_SPLITS = 16
-# Programs that each multiprocessor should get before K is no longer split.
-PROGRAMS_PER_PROCESSOR = 2
+# Programs that each multiprocessor should get before K is no longer split; a program with codes
+# waits for arithmetic too, which others then use.
+PROGRAMS_PER_PROCESSOR, DENSE_PROGRAMS_PER_PROCESSOR = 2.0, 0.5
 # More programs than this are not measured: any GPU is full.
 MAX_PROGRAMS = 1024
 # Iterations a split of K must keep, to fill its software pipeline.
@@ -29,8 +30,9 @@ MIN_ITERATIONS = 2
 
 # What a program may cut K into.
 SPLITS = (1, 2, 4, 8, MAX_SPLITS)
-# Candidates of each kind that a first run measures: compiling one takes a second.
-SHORT = {GEMV: 3, TILES: 3, LIBRARY: 1}
+# Candidates of each kind that a first run measures, not counting splits: compiling one takes a
+# second.
+SHORT = {GEMV: 4, TILES: 3, LIBRARY: 1}
 
 ACTIVATION_CODES = ("linear_w8a8", "linear_fp8")
 NIBBLES = ("linear_int4", "linear_int4_groups")
@@ -62,14 +64,13 @@ _ROWS_WARPS = {
     # Rounding a token to float8 takes more instructions, which more rows share.
     "linear_fp8": ((8, 4), (4, 4), (8, 2), (4, 8)),
 }
-# Of programs that keep a token; those whose registers it does not fit are left out.
-_NIBBLES_ROWS_WARPS_RESIDENT = (
-    (4, 4, 4), (4, 4, 2), (8, 2, 4), (4, 2, 4), (4, 2, 8), (8, 4, 2), (2, 4, 4), (4, 8, 2),
-    (4, 8, 1), (2, 8, 2), (4, 16, 1),
+# Of programs that keep a token: rows, warps, resident programs, and the most parts of a token that
+# leave room in their registers.
+_NIBBLES = (
+    (8, 2, 4, 2), (4, 4, 4, 2), (4, 2, 8, 2), (4, 4, 2, 5), (2, 4, 2, 5), (4, 2, 4, 4),
+    (8, 4, 2, 2), (2, 1, 8, 4), (4, 8, 2, 1), (2, 4, 4, 2), (4, 8, 1, 3), (2, 8, 2, 2),
+    (4, 16, 1, 2),
 )  # fmt: skip
-MAX_PARTS = 3
-# With as many parts, registers leave room for so many warps only.
-CROWDED_PARTS, CROWDED_WARPS = 3, 8
 _CODES_PER_LANE = {
     "linear": 8,
     **dict.fromkeys(("linear_int8", *ACTIVATION_CODES), 16),
@@ -78,7 +79,11 @@ _CODES_PER_LANE = {
 OPS = tuple(_CODES_PER_LANE)
 
 # rows, inputs, warps, stages for few tokens; weights are the wide operand.
-_FEW = ((64, 128, 4, 4), (64, 64, 4, 5), (64, 256, 4, 3), (32, 128, 4, 4), (128, 128, 8, 3))
+_FEW = (
+    (64, 128, 4, 4), (64, 64, 4, 8), (128, 64, 4, 4), (64, 256, 4, 3), (64, 64, 4, 5),
+    (32, 128, 4, 4), (128, 128, 8, 3),
+)  # fmt: skip
+_FEW_OF_CODES = (_FEW[0], _FEW[3], _FEW[2], *_FEW[5:], _FEW[1], _FEW[4])
 # rows, inputs, warps, stages, tokens for many.
 _MANY = ((128, 128, 8, 3, 128), (128, 128, 8, 3, 256), (128, 64, 4, 4, 128), (64, 128, 4, 4, 128))
 
@@ -90,7 +95,7 @@ def token_bucket(tokens: int) -> int:
 
 def candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
     """Every configuration worth measuring; the first is the default, but for its splits."""
-    few = _few_candidates(tokens, outputs, inputs)
+    few = _few_candidates(op, tokens, outputs, inputs)
     gemv = _gemv_candidates(op, inputs) if tokens == 1 else ()
     if op in ACTIVATION_CODES:
         # The codes of one token are read as words.
@@ -115,24 +120,27 @@ def _default(op: str, tokens: int, outputs: int, inputs: int, processors: int) -
     first = candidates(op, tokens, outputs, inputs)[0]
     if first.kind != TILES or tokens > 64:
         return first
-    return first._replace(splits=_splits(first, tokens, outputs, inputs, processors))
+    return first._replace(splits=_splits(op, first, tokens, outputs, inputs, processors))
 
 
 def short_list(
     op: str, tokens: int, outputs: int, inputs: int, processors: int
 ) -> tuple[Config, ...]:
-    """Candidates that take seconds to measure: a few of each kind, the default among them, and of
-    the splits of K that which suits the device."""
-    found = []
-    for config in candidates(op, tokens, outputs, inputs):
+    """Candidates that take seconds to measure: a few of each kind, the default among them, with
+    the splits of K that suit the device, half and twice as many."""
+    known = [c for c in candidates(op, tokens, outputs, inputs) if c.splits == 1]
+    # Tensor cores are not the place for one token.
+    most = SHORT | {TILES: 1} if tokens == 1 else SHORT
+    kinds = [[c for c in known if c.kind == kind][:count] for kind, count in most.items()]
+    found: list[Config] = []
+    for config in (config for kind in kinds for config in kind):
         if config.kind == TILES and tokens <= 64:
-            if config.splits > 1:
-                continue
-            splits = _splits(config, tokens, outputs, inputs, processors)
-            config = config._replace(splits=splits)
-        found.append(config)
-    kinds = [[c for c in found if c.kind == kind][:most] for kind, most in SHORT.items()]
-    return tuple(config for kind in kinds for config in kind)
+            splits = _splits(op, config, tokens, outputs, inputs, processors)
+            several = {splits // 2, splits, 2 * splits} & set(SPLITS)
+            found += (config._replace(splits=count) for count in sorted(several))
+        else:
+            found.append(config)
+    return tuple(found)
 
 
 def load_tactics(tactics: Mapping[str, Sequence[str | int]]) -> None:
@@ -179,19 +187,18 @@ def _gemv_candidates(op: str, inputs: int) -> tuple[Config, ...]:
 def _token_keepers(inputs: int) -> tuple[Config, ...]:
     """Programs that hold a token of `inputs` values in few enough parts."""
     found = []
-    for rows, warps, resident in _NIBBLES_ROWS_WARPS_RESIDENT:
+    for rows, warps, resident, most_parts in _NIBBLES:
         span = 32 * _CODES_PER_LANE[NIBBLES[0]] * warps
-        parts = -(-inputs // span)
-        if parts <= MAX_PARTS and (parts < CROWDED_PARTS or resident * warps <= CROWDED_WARPS):
+        if -(-inputs // span) <= most_parts:
             found.append(Config(GEMV, rows, span, warps, resident=resident))
     return tuple(found)
 
 
-def _few_candidates(tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
+def _few_candidates(op: str, tokens: int, outputs: int, inputs: int) -> tuple[Config, ...]:
     padded = next((size for size in (16, 32, 64) if tokens <= size), 64)
     return tuple(
         Config(TILES, rows, span, warps, stages, padded, splits)
-        for rows, span, warps, stages in _FEW
+        for rows, span, warps, stages in (_FEW if op == "linear" else _FEW_OF_CODES)
         for splits in (1, 2, 4, 8)
         if splits == 1
         or (splits * span * MIN_ITERATIONS <= inputs and splits * outputs <= MAX_PROGRAMS * rows)
@@ -202,12 +209,15 @@ def _many_candidates() -> tuple[Config, ...]:
     return tuple(Config(TILES, *sizes) for sizes in _MANY)
 
 
-def _splits(config: Config, tokens: int, outputs: int, inputs: int, processors: int) -> int:
+def _splits(
+    op: str, config: Config, tokens: int, outputs: int, inputs: int, processors: int
+) -> int:
     programs = -(-outputs // config.rows) * -(-tokens // config.tokens)
+    wanted = DENSE_PROGRAMS_PER_PROCESSOR if op == "linear" else PROGRAMS_PER_PROCESSOR
     splits = 1
     while (
         splits < MAX_SPLITS
-        and programs * splits < PROGRAMS_PER_PROCESSOR * processors
+        and programs * splits < wanted * processors
         and 2 * splits * config.inputs * MIN_ITERATIONS <= inputs
     ):
         splits *= 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,17 @@ def tune(
     report: Callable[[str], None] = lambda line: None,
     *,
     configs: Sequence[Config] | None = None,
+    around: Sequence[Mapping[str, Any]] = (),
 ) -> Config:
     """Measure `configs` (default: every candidate) for x on layers of one shape, and keep the
-    fastest in the table."""
+    fastest in the table. `around` is what a block has around each product: arguments of `apply`."""
     first = products[0]
     shape = (len(x_TK), first.weights.outputs, first.weights.inputs)
+    calls = list(zip(products, around or [{}] * len(products), strict=True))
     best, best_us = None, float("inf")
     for config in configs or candidates(first.op, *shape):
         try:
-            us = replay_us([lambda p=p, c=config: p.apply(x_TK, c) for p in products])
+            us = replay_us([lambda p=p, a=a, c=config: p.apply(x_TK, c, **a) for p, a in calls])
         except UNFIT as error:
             report(f"{config}: {type(error).__name__}")
             continue

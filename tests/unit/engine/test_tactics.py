@@ -14,9 +14,11 @@ from engine.backends import open_engine
 from engine.comm import World
 from engine.kernels.triton import _tactics
 from engine.kernels.triton._tactics import Config
+from engine.layers.linear import Norm, Use
 from tests.cli.build_runner import SMALL_DUMMY, run_here
 
 CHOICE = ["gemv", 4, 1024, 4, 1, 1, 1, 0]
+NORM = Norm(torch.ones(512), 1e-5)
 OTHER = {"linear/1/128/64": ["library", 0, 0, 4, 1, 1, 1]}
 
 
@@ -40,7 +42,9 @@ def product(op, outputs, inputs):
 
 def make_network(*products):
     return SimpleNamespace(
-        products=lambda: iter(products), device=torch.device("cpu"), dtype=torch.float32
+        uses=lambda: (Use(p, NORM, is_gated=True, has_residual=True) for p in products),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
 
 
@@ -50,9 +54,13 @@ class Tuner:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, products, x_TK, *, configs):
+    def __call__(self, products, x_TK, *, configs, around):
         first = products[0]
         self.asked.append((len(products), tuple(x_TK.shape), first.op))
+        for given in around:
+            assert given["norm"] is NORM and given["is_gated"]
+            assert given["residual_TN"].shape == (len(x_TK), first.weights.outputs // 2)
+        assert len(around) == len(products)
         _tactics.record(
             first.op, len(x_TK), first.weights.outputs, first.weights.inputs, configs[-1]
         )
@@ -155,7 +163,7 @@ def test_what_is_no_candidate_is_left_out(name, values):
 def test_the_short_list_is_short_has_the_default_and_can_be_read_back(op, tokens):
     shape = (op, tokens, 4096, 11008)
     configs = _tactics.short_list(*shape, 132)
-    assert 1 <= len(configs) <= 7 and len(set(configs)) == len(configs)
+    assert 1 <= len(configs) <= 10 and len(set(configs)) == len(configs)
     assert _tactics.choose(*shape, 132) in configs
     for config in configs:
         _tactics.record(*shape, config)
@@ -173,5 +181,5 @@ def test_an_engine_takes_a_timing_cache_along(tmp_path):
     assert tactics.read_cache(output / "model.cache") == {"Card A": OTHER}
     # Four projections of each of two layers, and the head.
     network = open_engine(output, World(), device="cpu", tuning=True)._network
-    assert len(list(network.products())) == 9
+    assert len(list(network.uses())) == 9
     assert tactics.find_cases(network, rows=4) == []
