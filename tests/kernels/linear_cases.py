@@ -1,5 +1,6 @@
 """Linear kernels to compile ahead of time for every GPU: each default of the tactics, with all that
-it fuses. float8 products are in linear_fp8_cases.py."""
+it fuses. float8 products are in linear_fp8_cases.py, those of digits in
+linear_digits_cases.py."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ import torch
 from engine.kernels.triton._gemv import _gemv
 from engine.kernels.triton._gemv_codes import _gemv_codes
 from engine.kernels.triton._gemv_words import _gemv_bytes, _gemv_halves, _gemv_nibbles
-from engine.kernels.triton._matmul import VARYING, _tiles, _tiles_nibbles, fit
+from engine.kernels.triton._matmul import _tiles, _tiles_nibbles, fit
 from engine.kernels.triton._quantize import _quantize
 from engine.kernels.triton._tactics import GEMV, candidates
+from engine.kernels.triton._tile_end import VARYING
 from engine.kernels.triton._weights import Weights
 from engine.kernels.triton._widen import _widen_nibbles
 from tests.kernels.triton_compile import CAPABILITIES, Case
@@ -21,7 +23,7 @@ SHARED_BYTES = 99 << 10
 ROW = dict.fromkeys(("outputs", "inputs"), "i32")
 BYTES = dict.fromkeys(("outputs", "width", "group_size"), "i32")
 STRIDES = dict.fromkeys(("x_stride", "y_stride", "residual_stride"), "i32")
-WEIGHTS = {"linear": "*bf16", "linear_int8": "*i8", "linear_w8a8": "*i8", "linear_fp8": "*u8"}
+WEIGHTS = {"linear": "*bf16", "linear_w8a8": "*i8", "linear_fp8": "*u8"}
 WORDS = ("linear", "linear_int8", "linear_int4_groups")
 TOKENS = {"linear_w8a8": "*i8", "linear_fp8": "*u8"}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.triton._gemv import Around, multiply_codes
+from engine.kernels.triton._around import Around
+from engine.kernels.triton._gemv import multiply_codes
 from engine.kernels.triton._matmul import multiply_tiles
 from engine.kernels.triton._product import Norm, Product
 from engine.kernels.triton._quantize import Codes, quantize

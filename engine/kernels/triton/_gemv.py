@@ -13,13 +13,14 @@ value (31 for fp32), and sums of digits and codes are exact.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.triton._around import PLAIN, Around
 from engine.kernels.triton._codes import has_float8
 from engine.kernels.triton._gemv_codes import _gemv_codes
 from engine.kernels.triton._gemv_words import _gemv_bytes, _gemv_halves, _gemv_nibbles
@@ -32,20 +33,6 @@ IS_COMPILED = not triton.knobs.runtime.interpret
 CHUNK_BYTES = 16
 # Tokens are read in words of so many bytes.
 WORD_BYTES = 8
-
-
-class Around(NamedTuple):
-    """What a block has around the product: RMSNorm before it (weight [K], epsilon), the gate after
-    it (gate's rows before up's), the residual [1, N] added to it. Products of nibbles may have a
-    factor [K] of the token in place of a norm."""
-
-    norm: tuple[Tensor, float] | None = None
-    is_gated: bool = False
-    residual_1N: Tensor | None = None
-    factor_K: Tensor | None = None
-
-
-PLAIN = Around()
 
 
 @triton.jit
@@ -119,7 +106,7 @@ def multiply_token(
     if not _has_words(x_1K, weights):
         vector = CHUNK_BYTES // codes.element_size()
         _gemv[grid](
-            y_1N, x_1K, codes, weights.scale, norm_K, around.residual_1N,
+            y_1N, x_1K, codes, weights.scale, norm_K, around.residual_TN,
             y_1N.shape[1], weights.inputs, eps,
             BK=vector * _chunks(weights, config), VEC=vector, **shared,
         )  # fmt: skip
@@ -130,19 +117,19 @@ def multiply_token(
     sizes = (y_1N.shape[1], words.shape[1])
     shared["C"] = _chunks(weights, config)
     if codes.is_floating_point():
-        _gemv_halves[grid](y_1N, x_1K, words, norm_K, around.residual_1N, *sizes, eps, **shared)
+        _gemv_halves[grid](y_1N, x_1K, words, norm_K, around.residual_TN, *sizes, eps, **shared)
     elif not weights.block:
         _gemv_bytes[grid](
-            y_1N, x_1K, words, weights.scale, norm_K, around.residual_1N, *sizes, eps,
+            y_1N, x_1K, words, weights.scale, norm_K, around.residual_TN, *sizes, eps,
             ASSEMBLY=IS_COMPILED, **shared,
         )  # fmt: skip
     else:
         chunks = triton.cdiv(words.shape[1] * words.element_size(), CHUNK_BYTES)
         programs = _resident(grid[0], config.resident, x_1K.device)
-        factor_K = around.factor_K if norm_K is None else norm_K
+        factor_K, _, is_norm = around.factors
         _gemv_nibbles[(programs,)](
-            y_1N, x_1K, words, weights.scale, weights.zero_NR, factor_K, around.residual_1N,
-            *sizes, weights.group or weights.inputs, eps, RMS=norm_K is not None,
+            y_1N, x_1K, words, weights.scale, weights.zero_NR, factor_K, around.residual_TN,
+            *sizes, weights.group or weights.inputs, eps, RMS=is_norm,
             HAS_GROUPS=bool(weights.group), HALF=weights.block // 2,
             PARTS=triton.cdiv(chunks, shared["C"]), ASSEMBLY=IS_COMPILED, **shared,
         )  # fmt: skip
@@ -173,7 +160,7 @@ def multiply_codes(
     words = codes.view(torch.int32)
     _gemv_codes[grid](
         y_1N, x_1K.view(torch.int32) if has_codes else x_1K, words, weights.scale, x_scale_1,
-        norm_K, around.residual_1N, y_1N.shape[1], words.shape[1], eps,
+        norm_K, around.residual_TN, y_1N.shape[1], words.shape[1], eps,
         IS_FLOAT=codes.dtype == torch.float8_e4m3fn, C=_chunks(weights, config),
         CONVERTS=IS_COMPILED and has_float8(codes.device),
         ASSEMBLY=IS_COMPILED, **shared,

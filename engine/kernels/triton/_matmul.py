@@ -1,11 +1,9 @@
 """y = x @ wᵀ on tensor cores, weights the wide operand: tiles of BN outputs by BT tokens.
 
-Weights of 16 bits, int8 or float8 are widened to the tokens' dtype in registers, or multiplied as
-they are by tokens of the same codes (int32 sums; fp32 sums for float8, widened to fp16, which
-holds them exactly, where the GPU has no float8 products). Where outputs alone give too few
-programs, K is split: sums go to a workspace, and the last program to arrive at a tile adds them
-in the order of K, so results do not depend on timing. Its counter is back at zero afterwards; one
-stream at a time may run these kernels.
+Weights and tokens have one type: 16 bits, or codes (int32 sums of int8; fp32 sums of float8,
+widened to fp16, which holds them exactly, where the GPU has no float8 products); nibbles are
+widened to the tokens' dtype in registers. Where outputs alone give too few programs, K is split:
+see _tile_end.py.
 """
 
 from __future__ import annotations
@@ -22,16 +20,14 @@ from engine.kernels import gpu
 from engine.kernels.triton._codes import decode, has_float8
 from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._tactics import Config
+from engine.kernels.triton._tile_end import VARYING, finish, workspace
 from engine.kernels.triton._weights import Weights, bits_of, unpack
 
-COUNTERS = 2**16
 NIBBLE_ZERO = tl.constexpr(8)
 # Hopper adds float8 products with 14 bits; this many inputs at a time, then in fp32.
 FP8_SUM = tl.constexpr(128)
 # Tiles of tokens that neighbouring programs go through before the next rows of the weights.
 TOKEN_TILES = tl.constexpr(8)
-# One kernel serves all numbers of these.
-VARYING = ["tokens", "splits"]
 # Accumulators that a program's registers hold beside an operand that is widened there, or second
 # ones that float8 products are added up in; and those alone.
 MAX_TILE = 128 * 128
@@ -43,93 +39,7 @@ IS_COMPILED = not triton.knobs.runtime.interpret
 
 
 @triton.jit
-def _store_tile(
-    y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride, residual_stride,
-    ROW_SCALE: tl.constexpr, TOKEN_SCALE: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """Scale sums [BN, BT], gate them, add the residual, and store."""
-    inside = (row < outputs)[:, None] & (token < tokens)[None, :]
-    gate = gate.to(tl.float32)
-    up = up.to(tl.float32)
-    if x_scale is not None:
-        if TOKEN_SCALE:
-            factor = tl.load(x_scale + token, mask=token < tokens, other=0.0)[None, :]
-        else:
-            factor = tl.load(x_scale)
-        gate *= factor * tl.load(scale + row, mask=row < outputs, other=0.0)[:, None]
-        if GATED:
-            up *= factor * tl.load(scale + outputs + row, mask=row < outputs, other=0.0)[:, None]
-    elif ROW_SCALE:
-        gate *= tl.load(scale + row, mask=row < outputs, other=0.0)[:, None]
-        if GATED:
-            up *= tl.load(scale + outputs + row, mask=row < outputs, other=0.0)[:, None]
-    if GATED:
-        gate = gate * tl.sigmoid(gate) * up
-    if residual is not None:
-        at = token[None, :] * residual_stride + row[:, None]
-        gate += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    at = token[None, :] * y_stride + row[:, None]
-    tl.store(y + at, gate.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _is_last(
-    gate, up, partial, counters, row, token, outputs, tokens, split, splits,
-    GATED: tl.constexpr,
-):  # fmt: skip
-    """Leave this split's sums in the workspace [splits, T, N]; whether all others have."""
-    inside = (row < outputs)[:, None] & (token < tokens)[None, :]
-    width = outputs * 2 if GATED else outputs
-    at = (split * tokens + token)[None, :] * width + row[:, None]
-    tl.store(partial + at, gate, mask=inside)
-    if GATED:
-        tl.store(partial + at + outputs, up, mask=inside)
-    # The atomic is one thread's: it must not run ahead of the others' stores.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
-    return arrived == splits - 1
-
-
-@triton.jit
-def _add_splits(partial, row, token, outputs, width, tokens, splits):
-    """Sums of all splits, in their order, read past the first-level cache."""
-    inside = (row < outputs)[:, None] & (token < tokens)[None, :]
-    at = token[None, :] * width + row[:, None]
-    total = tl.load(partial + at, mask=inside, other=0, cache_modifier=".cg")
-    for _ in range(1, splits):
-        at += tokens * width
-        total += tl.load(partial + at, mask=inside, other=0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def _finish(
-    y, gate, up, scale, x_scale, residual, partial, counters, row, token, outputs, tokens,
-    y_stride, residual_stride, split, splits,
-    ROW_SCALE: tl.constexpr, TOKEN_SCALE: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    token = token.to(tl.int64)
-    if partial is None:
-        _store_tile(
-            y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride,
-            residual_stride, ROW_SCALE, TOKEN_SCALE, GATED,
-        )  # fmt: skip
-    else:
-        counters += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if _is_last(gate, up, partial, counters, row, token, outputs, tokens, split, splits, GATED):
-            width = outputs * 2 if GATED else outputs
-            gate = _add_splits(partial, row, token, outputs, width, tokens, splits)
-            if GATED:
-                up = _add_splits(partial + outputs, row, token, outputs, width, tokens, splits)
-            _store_tile(
-                y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, y_stride,
-                residual_stride, ROW_SCALE, TOKEN_SCALE, GATED,
-            )  # fmt: skip
-            tl.store(counters, 0)
-
-
-@triton.jit
-def _multiply(weights, x, sums, dtype: tl.constexpr, FLOAT8: tl.constexpr):
+def _multiply(weights, x, sums, FLOAT8: tl.constexpr):
     """sums + weights [BN, BK] @ x [BK, BT]."""
     if x.dtype == tl.int8:
         sums = tl.dot(weights, x, sums, out_dtype=tl.int32)
@@ -143,7 +53,7 @@ def _multiply(weights, x, sums, dtype: tl.constexpr, FLOAT8: tl.constexpr):
             wide = decode(weights, tl.float16, False)
             sums = tl.dot(wide, decode(x, tl.float16, False), sums)
     else:
-        sums = tl.dot(decode(weights, dtype, False), x, sums)
+        sums = tl.dot(weights, x, sums)
     return sums
 
 
@@ -179,11 +89,11 @@ def _tiles(
         inside = k < inputs - start
         value = tl.load(x + start, mask=inside[:, None], other=0)  # [BK, BT]
         tile = tl.load(codes + start, mask=inside[None, :], other=0)  # [BN, BK]
-        sums = _multiply(tile, value, sums, x.dtype.element_ty, FLOAT8)
+        sums = _multiply(tile, value, sums, FLOAT8)
         if GATED:
             tile = tl.load(up_codes + start, mask=inside[None, :], other=0)
-            up_sums = _multiply(tile, value, up_sums, x.dtype.element_ty, FLOAT8)
-    _finish(
+            up_sums = _multiply(tile, value, up_sums, FLOAT8)
+    finish(
         y, sums, up_sums, scale, x_scale, residual, partial, counters, row, token, outputs,
         tokens, y_stride, residual_stride, split, splits, scale is not None, TOKEN_SCALE, GATED,
     )  # fmt: skip
@@ -249,7 +159,7 @@ def _tiles_nibbles(
                 tile, scale, zero, low, high, up_sums, known + outputs, start, inputs,
                 group_size, GROUPS, ASSEMBLY,
             )  # fmt: skip
-    _finish(
+    finish(
         y, sums, up_sums, scale, None, residual, partial, counters, row, token, outputs,
         tokens, y_stride, residual_stride, split, splits, not GROUPS, False, GATED,
     )  # fmt: skip
@@ -265,23 +175,18 @@ def multiply_tiles(
     is_gated: bool = False,
     residual_TN: Tensor | None = None,
 ) -> Tensor:
-    """y [T, N] (or [T, N/2] if gated), of `dtype` or x's. x is fp16 or bf16, or codes of the
-    weights' type with their scale, fp32 [1] or [T]."""
+    """y [T, N] (or [T, N/2] if gated), of `dtype` or x's. x is fp16 or bf16 for weights of that
+    type or nibbles, or codes of the weights' type with their scale, fp32 [1] or [T]."""
     tokens = len(x_TK)
     assert x_TK.shape[1] == weights.inputs and x_TK.stride(1) == 1
     outputs = weights.outputs // (2 if is_gated else 1)
     y_TN = torch.empty(tokens, outputs, dtype=dtype or x_TK.dtype, device=x_TK.device)
     if not tokens:
         return y_TN
-    config = fit(config, weights, is_gated, x_TK.element_size(), _shared_bytes(x_TK.device))
+    config = fit(config, weights, is_gated, x_TK.element_size(), shared_bytes(x_TK.device))
     grid = (-(-outputs // config.rows), -(-tokens // config.tokens), config.splits)
-    partial, counters = None, None
-    if config.splits > 1:
-        assert grid[0] * grid[1] <= COUNTERS
-        kind = torch.int32 if x_TK.dtype == torch.int8 else torch.float32
-        shape = (config.splits, tokens, weights.outputs)
-        partial = torch.empty(shape, dtype=kind, device=x_TK.device)
-        counters = _counters(x_TK.device)
+    kind = torch.int32 if x_TK.dtype == torch.int8 else torch.float32
+    partial, counters = workspace(grid, tokens, weights.outputs, kind, x_TK.device)
     options: dict[str, Any] = {
         "GATED": is_gated, "BN": config.rows, "BT": config.tokens, "BK": config.inputs,
         "STAGES": config.stages, "num_warps": config.warps,
@@ -332,7 +237,7 @@ def fit(
 
 
 @cache
-def _shared_bytes(device: torch.device) -> int:
+def shared_bytes(device: torch.device) -> int:
     """What a program may take."""
     if device.type == "cpu":
         return INTERPRETED_SHARED
@@ -340,9 +245,3 @@ def _shared_bytes(device: torch.device) -> int:
         return target.shared_bytes
     index = torch.cuda.current_device() if device.index is None else device.index
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
-@cache
-def _counters(device: torch.device) -> Tensor:
-    """Arrivals at each tile, zero between launches."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

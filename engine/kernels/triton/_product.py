@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from engine.kernels.triton._gemv import Around, multiply_token
+from engine.kernels.triton._around import Around
+from engine.kernels.triton._gemv import multiply_token
 from engine.kernels.triton._launch import processors
 from engine.kernels.triton._matmul import multiply_tiles
+from engine.kernels.triton._matmul_digits import multiply_digits, suits_digits
 from engine.kernels.triton._tactics import GEMV, LIBRARY, Config, choose
 from engine.kernels.triton._weights import Weights
 from engine.kernels.triton._widen import multiply_widened
@@ -33,6 +35,7 @@ class Product:
     def __init__(self, weights: Weights):
         assert weights.codes.is_contiguous()
         self.weights = weights
+        self._has_digits = suits_digits(weights)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         x_TK = _with_rows(x_TK)
@@ -87,13 +90,16 @@ class Product:
         # Tensor cores have no fp32 products.
         if config.kind == LIBRARY or x_TK.dtype == torch.float32:
             return None
+        if self._has_digits:
+            around = self.around(norm, is_gated, residual_TN)
+            return multiply_digits(x_TK, self.weights, config, around)
         return multiply_tiles(
             self.prepare(x_TK, norm), self.weights, config,
             is_gated=is_gated, residual_TN=residual_TN,
         )  # fmt: skip
 
     def around(self, norm: Norm | None, is_gated: bool, residual_TN: Tensor | None) -> Around:
-        """What a token's kernel does beside the product."""
+        """What the kernels of one token and of tokens' digits do beside the product."""
         return Around(norm, is_gated, residual_TN)
 
     def prepare(self, x_TK: Tensor, norm: Norm | None) -> Tensor:

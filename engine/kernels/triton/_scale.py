@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton._launch import launch_options
-from engine.kernels.triton._matmul import _store_tile
+from engine.kernels.triton._tile_end import store_tile
 
 ROWS, TOKENS = 512, 8
 WARPS = 4
@@ -32,7 +32,7 @@ def _scale_sums(
     up = gate
     if GATED:
         up = tl.load(sums + outputs, mask=inside, other=0.0).to(tl.float32) * unit
-    _store_tile(
+    store_tile(
         y, gate, up, scale, x_scale, residual, row, token, outputs, tokens, outputs,
         residual_stride, True, TOKEN_SCALE, GATED,
     )  # fmt: skip

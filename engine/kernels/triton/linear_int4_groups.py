@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from engine.kernels.triton._around import Around
 from engine.kernels.triton._columns import multiply_columns
-from engine.kernels.triton._gemv import Around
 from engine.kernels.triton._product import Norm, Product
 from engine.kernels.triton._weights import Weights
 
