@@ -39,7 +39,6 @@ def tiles(op: str, tokens: int, *, is_gated: bool, has_zero: bool = False) -> Ca
         types = {
             **ENDS, **NUMBERS, "codes": "*u8", "scale": "*fp16", "width": "i32",
             "group_size": "i32", "zero": "*u8" if has_zero else None,
-            "digit_sums": "*i32" if has_zero else None,
         }  # fmt: skip
         constants |= {"GROUPS": True, "ASSEMBLY": True}
         kernel = _tiles_nibble_digits
@@ -48,19 +47,19 @@ def tiles(op: str, tokens: int, *, is_gated: bool, has_zero: bool = False) -> Ca
     return Case(name, kernel, types | {"residual": residual}, constants, options, tuple(VARYING))
 
 
-def write(half: int, group: int) -> Case:
+def write(half: int) -> Case:
     types = {
-        "digits": "*i8", "steps": "*fp32", "sums": "*i32" if group else None, "x": "*bf16",
-        "factor": "*bf16", "width": "i32", "x_stride": "i32", "plane": "i32", "eps": "fp32",
+        "digits": "*i8", "steps": "*fp32", "x": "*bf16", "factor": "*bf16", "width": "i32",
+        "x_stride": "i32", "plane": "i32", "eps": "fp32",
     }  # fmt: skip
-    constants = {"RMS": True, "HALF": half, "GROUP": group, "BLOCK": 4096, "PDL": False}
-    return Case(f"digits {half} {group}", _write_digits, types, constants, {"num_warps": 8})
+    constants = {"RMS": True, "HALF": half, "BLOCK": 4096, "PDL": False}
+    return Case(f"digits {half}", _write_digits, types, constants, {"num_warps": 8})
 
 
 CASES = [
     *(tiles("linear_int8", tokens, is_gated=tokens == 64) for tokens in (16, 64)),
     *(tiles("linear_int4_groups", tokens, is_gated=tokens == 64) for tokens in (16, 64)),
     tiles("linear_int4_groups", 64, is_gated=True, has_zero=True),
-    write(0, 0),
-    write(32, GROUP),
+    write(0),
+    write(32),
 ]

@@ -28,18 +28,16 @@ ROUNDER_BITS = tl.constexpr(0x4B400000)
 
 class Digits(NamedTuple):
     """Values [T, K] = (128 · upper + lower) · step: int8 [2, T, K], upper digits before lower ones,
-    and fp32 [T]. `sums_TR` int32: 128 · upper + lower of each group of inputs, or None."""
+    and fp32 [T]."""
 
     digits_2TK: Tensor
     step_T: Tensor
-    sums_TR: Tensor | None
 
 
 @triton.jit
 def _write_digits(
-    digits, steps, sums, x, factor, width, x_stride, plane, eps,
-    RMS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    digits, steps, x, factor, width, x_stride, plane, eps,
+    RMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of x times `factor` if there is one, which is an RMSNorm's weight if RMS. HALF: inputs that
     are neighbours in a half of a row, whose first half has those of all low nibbles; 0 keeps their
@@ -70,29 +68,21 @@ def _write_digits(
     digits += row * width + column
     tl.store(digits, upper.to(tl.int8), mask=inside)
     tl.store(digits + plane, (whole - upper * BASE).to(tl.int8), mask=inside)
-    if GROUP:
-        totals = tl.sum(tl.reshape(whole, [BLOCK // GROUP, GROUP]), axis=1)
-        group, groups = tl.arange(0, BLOCK // GROUP), width // GROUP
-        tl.store(sums + row * groups + group, totals, mask=group < groups)
 
 
-def write_digits(x_TK: Tensor, around: Around, *, half: int = 0, group: int = 0) -> Digits:
+def write_digits(x_TK: Tensor, around: Around, *, half: int = 0) -> Digits:
     """Digits of x, of rms_norm(x) or of x times its factor. `half` > 0: of each 2 · half inputs,
-    the first ones in the first half of a row, the others in the second, as in blocks of nibbles;
-    `group`: inputs of a sum, a power of two, or 0."""
+    the first ones in the first half of a row, the others in the second, as in blocks of
+    nibbles."""
     tokens, width = x_TK.shape
-    assert x_TK.stride(1) == 1 and group & (group - 1) == 0
+    assert x_TK.stride(1) == 1
     device = x_TK.device
     digits_2TK = torch.empty(2, tokens, width, dtype=torch.int8, device=device)
     step_T = torch.empty(tokens, dtype=torch.float32, device=device)
-    sums_TR = None
-    if group:
-        sums_TR = torch.empty(tokens, width // group, dtype=torch.int32, device=device)
     factor_K, eps, is_norm = around.factors
     block, warps = row_block(width)
     _write_digits[(tokens,)](
-        digits_2TK, step_T, sums_TR, x_TK, factor_K, width, x_TK.stride(0), tokens * width, eps,
-        RMS=is_norm, HALF=half, GROUP=group, BLOCK=max(block, group), num_warps=warps,
-        **launch_options(device),
+        digits_2TK, step_T, x_TK, factor_K, width, x_TK.stride(0), tokens * width, eps,
+        RMS=is_norm, HALF=half, BLOCK=block, num_warps=warps, **launch_options(device),
     )  # fmt: skip
-    return Digits(digits_2TK, step_T, sums_TR)
+    return Digits(digits_2TK, step_T)

@@ -18,22 +18,53 @@ from engine.kernels.triton._tile_end import VARYING, finish, workspace
 from engine.kernels.triton._weights import Weights
 
 NIBBLE_ZERO = tl.constexpr(8)
-# Of four bytes $2, the low nibbles less 8 in $0 and the high ones in $1, sixteenfold.
-NIBBLE_UNIT = tl.constexpr(16)
+# Of four bytes $2, the low nibbles less the bytes $3 in $0 and the high ones in $1: 128 more keeps
+# a byte from borrowing from the next. A lop3 of 0xEA is (a & b) | c.
 SPREAD = tl.constexpr("""{
-.reg .b32 signed;
-xor.b32 signed, $2, 0x88888888;
-shl.b32 $0, signed, 4;
-and.b32 $0, $0, 0xF0F0F0F0;
-and.b32 $1, signed, 0xF0F0F0F0;
+.reg .b32 low, high;
+shr.u32 high, $2, 4;
+lop3.b32 low, $2, 0x0F0F0F0F, 0x80808080, 0xEA;
+lop3.b32 high, high, 0x0F0F0F0F, 0x80808080, 0xEA;
+sub.s32 low, low, $3;
+sub.s32 high, high, $3;
+xor.b32 $0, low, 0x80808080;
+xor.b32 $1, high, 0x80808080;
 }""")
+SPREAD_REGISTERS = tl.constexpr("=r,=r,r,r")
 # Inputs of a nibble block whose halves are as long as the shortest product of int8.
 BLOCK = 64
 
 
 @triton.jit
-def _join(upper, lower):
-    return upper.to(tl.float32) * BASE + lower.to(tl.float32)
+def _places(outputs, tokens, GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
+    """Rows of the weights [BN], or [2 BN] with up's behind gate's, and rows of the digits [2 BT],
+    lower ones behind upper ones. Those past the last read the last one."""
+    BM: tl.constexpr = 2 * BN if GATED else BN
+    place = tl.arange(0, BM)
+    row = tl.minimum(tl.program_id(0).to(tl.int64) * BN + place % BN, outputs - 1)
+    digit = tl.arange(0, 2 * BT)
+    token = tl.minimum(tl.program_id(1).to(tl.int64) * BT + digit % BT, tokens - 1)
+    return row + place // BN * outputs, token + digit // BT * tokens
+
+
+@triton.jit
+def _finish_digits(
+    y, sums, scale, step, residual, partial, counters, outputs, tokens, y_stride, residual_stride,
+    splits,
+    ROW_SCALE: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Join the digits' sums, fp32 [BN or 2 BN, 2 BT], and end the tile."""
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    upper, lower = tl.split(tl.permute(tl.reshape(sums, [sums.shape[0], 2, BT]), 0, 2, 1))
+    gate = upper * BASE + lower
+    up = gate
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(gate, [2, BN, BT]), 1, 2, 0))
+    finish(
+        y, gate, up, scale, step, residual, partial, counters, row, token, outputs, tokens,
+        y_stride, residual_stride, tl.program_id(2), splits, ROW_SCALE, True, GATED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -45,82 +76,55 @@ def _tiles_bytes(
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    split = tl.program_id(2)
-    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    row, digit = _places(outputs, tokens, GATED, BN, BT)
     k = tl.arange(0, BK)
+    span = tl.cdiv(tl.cdiv(inputs, BK), splits) * BK
+    first = tl.program_id(2) * span
+    codes += row[:, None] * inputs + k[None, :]
+    x += digit[None, :] * inputs + k[:, None]
+    sums = tl.zeros([codes.shape[0], 2 * BT], tl.int32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    # Rows past the last read the last one: a mask of K alone keeps the loads wide.
-    codes += tl.minimum(row, outputs - 1)[:, None] * inputs + k[None, :]
-    up_codes = codes + tl.cast(outputs, tl.int64) * inputs
-    x += tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * inputs + k[:, None]
-    lower_x = x + tl.cast(tokens, tl.int64) * inputs
-    upper = tl.zeros([BN, BT], tl.int32)
-    lower = tl.zeros([BN, BT], tl.int32)
-    up_upper = tl.zeros([BN, BT], tl.int32)
-    up_lower = tl.zeros([BN, BT], tl.int32)
-    span = tl.cdiv(tl.cdiv(inputs, BK), splits) * BK
-    for start in tl.range(split * span, min(split * span + span, inputs), BK, num_stages=STAGES):
+    for start in tl.range(first, min(first + span, inputs), BK, num_stages=STAGES):
         inside = k < inputs - start
-        upper_digits = tl.load(x + start, mask=inside[:, None], other=0)  # [BK, BT]
-        lower_digits = tl.load(lower_x + start, mask=inside[:, None], other=0)
-        tile = tl.load(codes + start, mask=inside[None, :], other=0)  # [BN, BK]
-        upper = tl.dot(tile, upper_digits, upper, out_dtype=tl.int32)
-        lower = tl.dot(tile, lower_digits, lower, out_dtype=tl.int32)
-        if GATED:
-            tile = tl.load(up_codes + start, mask=inside[None, :], other=0)
-            up_upper = tl.dot(tile, upper_digits, up_upper, out_dtype=tl.int32)
-            up_lower = tl.dot(tile, lower_digits, up_lower, out_dtype=tl.int32)
-    finish(
-        y, _join(upper, lower), _join(up_upper, up_lower), scale, step, residual,
-        partial, counters, row, token, outputs, tokens, y_stride, residual_stride, split, splits,
-        True, True, GATED,
+        digits = tl.load(x + start, mask=inside[:, None], other=0)  # [BK, 2 BT]
+        tile = tl.load(codes + start, mask=inside[None, :], other=0)
+        sums = tl.dot(tile, digits, sums, out_dtype=tl.int32)
+    _finish_digits(
+        y, sums.to(tl.float32), scale, step, residual, partial, counters, outputs, tokens,
+        y_stride, residual_stride, splits, True, GATED, BN, BT,
     )  # fmt: skip
 
 
 @triton.jit
-def _spread(codes, ASSEMBLY: tl.constexpr):
-    """uint8 → int8, int8: the low and the high nibbles less 8, sixteenfold."""
+def _spread(codes, zero, ASSEMBLY: tl.constexpr):
+    """uint8 → int8, int8: low nibbles - zero, high - zero; `zero` is uint8 of the same shape."""
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
-            SPREAD, "=r,=r,r", [codes], (tl.int8, tl.int8), True, 4
+            SPREAD, SPREAD_REGISTERS, [codes, zero], (tl.int8, tl.int8), True, 4
         )
     else:
-        signed = codes ^ 0x88
-        low = ((signed << 4) & 0xF0).to(tl.int8, bitcast=True)
-        high = (signed & 0xF0).to(tl.int8, bitcast=True)
+        shift = zero.to(tl.int32)
+        low = ((codes & 15).to(tl.int32) - shift).to(tl.int8)
+        high = ((codes >> 4).to(tl.int32) - shift).to(tl.int8)
     return low, high
 
 
 @triton.jit
-def _group_sums(
-    codes, zero, digit_sums, upper_low, upper_high, lower_low, lower_high, ASSEMBLY: tl.constexpr
-):
-    """Σ 16 (code - zero) (128 · upper + lower) of inputs of one group, fp32 [BN, BT]; `digit_sums`
-    are Σ (128 · upper + lower)."""
-    low, high = _spread(codes, ASSEMBLY)
-    upper = tl.dot(high, upper_high, tl.dot(low, upper_low, out_dtype=tl.int32), out_dtype=tl.int32)
-    lower = tl.dot(high, lower_high, tl.dot(low, lower_low, out_dtype=tl.int32), out_dtype=tl.int32)
-    sums = _join(upper, lower)
-    if zero is not None:
-        shift = (zero.to(tl.int32) - NIBBLE_ZERO) * NIBBLE_UNIT
-        sums -= shift.to(tl.float32)[:, None] * digit_sums.to(tl.float32)[None, :]
-    return sums
-
-
-@triton.jit
-def _load_factor(scale, at, GROUPS: tl.constexpr):
-    """What a group's sums are multiplied with: its scale, and the sixteenth that codes lack."""
-    factor = 1.0 / NIBBLE_UNIT
+def _load_group(scale, zero, at, GROUPS: tl.constexpr):
+    """Of a group of each row: the factor of its sums, and its zero."""
+    factor = 1.0
     if GROUPS:
-        factor = tl.load(scale + at).to(tl.float32)[:, None] / NIBBLE_UNIT
-    return factor
+        factor = tl.load(scale + at).to(tl.float32)
+    shift = tl.full(at.shape, NIBBLE_ZERO, tl.uint8)
+    if zero is not None:
+        shift = tl.load(zero + at)
+    return factor, shift
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _tiles_nibble_digits(
-    y, x, codes, scale, zero, step, digit_sums, residual, partial, counters,
+    y, x, codes, scale, zero, step, residual, partial, counters,
     tokens, splits, outputs, width, group_size, y_stride, residual_stride,
     GATED: tl.constexpr, GROUPS: tl.constexpr, ASSEMBLY: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -130,59 +134,39 @@ def _tiles_nibble_digits(
     first half of their row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    split = tl.program_id(2)
-    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
-    known, known_token = tl.minimum(row, outputs - 1), tl.minimum(token, tokens - 1).to(tl.int64)
+    row, digit = _places(outputs, tokens, GATED, BN, BT)
     byte = tl.arange(0, BK // 2)
     inputs = width * 2
     groups = inputs // group_size
     span = tl.cdiv(tl.cdiv(inputs, BK), splits) * BK
-    first, last = split * span, min(split * span + span, inputs)
-    group = first // group_size
-    at, up_at = known * groups, (known + outputs) * groups
-    codes += known[:, None] * width + byte[None, :]
-    up_codes = codes + tl.cast(outputs, tl.int64) * width
-    # A group's scale is on its way while the one before is multiplied.
-    factor = _load_factor(scale, at + tl.minimum(group, groups - 1), GROUPS)
-    up_factor = factor
-    if GATED:
-        up_factor = _load_factor(scale, up_at + tl.minimum(group, groups - 1), GROUPS)
+    first = tl.program_id(2) * span
+    codes += row[:, None] * width + byte[None, :]
+    x += digit[None, :] * inputs + byte[:, None]
+    at = row * groups
+    # A group's scale and zero are on their way while the one before is multiplied.
+    factor, shift = _load_group(
+        scale, zero, at + tl.minimum(first // group_size, groups - 1), GROUPS
+    )
+    sums = tl.zeros([codes.shape[0], 2 * BT], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x += known_token[None, :] * inputs + byte[:, None]
-    lower_x = x + tl.cast(tokens, tl.int64) * inputs
-    sums = tl.zeros([BN, BT], tl.float32)
-    up_sums = tl.zeros([BN, BT], tl.float32)
-    for start in tl.range(first, last, BK, num_stages=STAGES):
-        group = start // group_size
+    for start in tl.range(first, min(first + span, inputs), BK, num_stages=STAGES):
         following = tl.minimum((start + BK) // group_size, groups - 1)
-        next_factor = _load_factor(scale, at + following, GROUPS)
-        shift, up_shift, totals = zero, zero, zero
-        if zero is not None:
-            shift = tl.load(zero + at + group)
-            totals = tl.load(digit_sums + known_token * (inputs // BK) + start // BK)
-        upper_low = tl.load(x + start // 2)  # [BK/2, BT]
-        upper_high = tl.load(x + start // 2 + width)
-        lower_low = tl.load(lower_x + start // 2)
-        lower_high = tl.load(lower_x + start // 2 + width)
-        tile = tl.load(codes + start // 2)  # [BN, BK/2]
-        sums += factor * _group_sums(
-            tile, shift, totals, upper_low, upper_high, lower_low, lower_high, ASSEMBLY
-        )
-        factor = next_factor
-        if GATED:
-            next_factor = _load_factor(scale, up_at + following, GROUPS)
-            if zero is not None:
-                up_shift = tl.load(zero + up_at + group)
-            tile = tl.load(up_codes + start // 2)
-            up_sums += up_factor * _group_sums(
-                tile, up_shift, totals, upper_low, upper_high, lower_low, lower_high, ASSEMBLY
-            )
-            up_factor = next_factor
-    finish(
-        y, sums, up_sums, scale, step, residual, partial, counters, row, token, outputs, tokens,
-        y_stride, residual_stride, split, splits, not GROUPS, True, GATED,
+        next_factor, next_shift = _load_group(scale, zero, at + following, GROUPS)
+        meets_low = tl.load(x + start // 2)  # [BK/2, 2 BT]
+        meets_high = tl.load(x + start // 2 + width)
+        tile = tl.load(codes + start // 2)
+        low, high = _spread(tile, tl.broadcast_to(shift[:, None], tile.shape), ASSEMBLY)
+        found = tl.dot(low, meets_low, out_dtype=tl.int32)
+        found = tl.dot(high, meets_high, found, out_dtype=tl.int32)
+        if GROUPS:
+            sums += found.to(tl.float32) * factor[:, None]
+        else:
+            sums += found.to(tl.float32)
+        factor, shift = next_factor, next_shift
+    _finish_digits(
+        y, sums, scale, step, residual, partial, counters, outputs, tokens,
+        y_stride, residual_stride, splits, not GROUPS, GATED, BN, BT,
     )  # fmt: skip
 
 
@@ -218,11 +202,10 @@ def multiply_digits(
             *numbers, *strides, **options,
         )  # fmt: skip
         return y_TN
-    summed = 0 if weights.zero_NR is None else config.inputs
-    x = write_digits(x_TK, around, half=weights.block // 2, group=summed)
+    x = write_digits(x_TK, around, half=weights.block // 2)
     _tiles_nibble_digits[grid](
-        y_TN, x.digits_2TK, weights.codes, weights.scale, weights.zero_NR, x.step_T, x.sums_TR,
-        residual_TN, *ends, *numbers, weights.group or weights.inputs, *strides,
+        y_TN, x.digits_2TK, weights.codes, weights.scale, weights.zero_NR, x.step_T, residual_TN,
+        *ends, *numbers, weights.group or weights.inputs, *strides,
         GROUPS=bool(weights.group), ASSEMBLY=IS_COMPILED, **options,
     )  # fmt: skip
     return y_TN
