@@ -191,7 +191,8 @@ class Bench:
         weights = products[0].weights
         shape = (weights.outputs, weights.inputs)
         if self.args.tune:
-            tune(products, x_TK, lambda line: print(f"    {line}", flush=True))
+            runs = [lambda p=p: p(x_TK) for p in products]
+            tune((op, len(x_TK), *shape), runs, lambda line: print(f"    {line}", flush=True))
         config = products[0].choose(x_TK)
         kernel = "/".join(map(str, config))
         error = relative_error(products[0](x_TK), reference(op, x_TK, arrays))

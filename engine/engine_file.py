@@ -196,6 +196,10 @@ class EngineWriter:
                 f"{self._flag} {self.output_dir} cannot be written ({error.strerror}); "
                 "choose a directory you may write to"
             ) from None
+        except KeyboardInterrupt:
+            # There is no block yet whose end would clean up.
+            shutil.rmtree(self.staging, ignore_errors=True)
+            raise
         return self
 
     def __exit__(self, *failure: object) -> None:

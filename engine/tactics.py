@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ from engine.comm import World
 from engine.engine_file import dump_json
 from engine.kernels.triton import _tactics
 from engine.kernels.triton._launch import processors
-from engine.layers.linear import Use
 from engine.models.yi import Yi
 
 logger = logging.getLogger("yi.tactics")
@@ -33,51 +33,25 @@ logger = logging.getLogger("yi.tactics")
 CACHE_NAME = "model.cache"
 VERSION = 1
 # A start is not held up for longer than this; what is left is measured by the next one.
-BUDGET_SECONDS = 25.0
+BUDGET_SECONDS = 40.0
+# Of 16 layers, more than any second-level cache holds.
+MEASURED_PRODUCTS = 64
 
 Tactics = dict[str, list[str | int]]
-# measure(layers of one shape, tokens [T, K], configurations, what is around each layer): puts the
-# fastest into the table.
+# tune((operation, tokens, outputs, inputs), runs, configs=…): puts the fastest into the table.
 Tune = Callable[..., Any]
 
 
 class Case(NamedTuple):
     """Layers of one shape, and a number of tokens to measure them with."""
 
-    uses: list[Use]
+    products: list[Any]
     tokens: int
-
-    @property
-    def products(self) -> list[Any]:
-        return [use.product for use in self.uses]
 
     @property
     def key(self) -> tuple[str, int, int, int]:
         first = self.products[0]
         return first.op, self.tokens, first.weights.outputs, first.weights.inputs
-
-    def make_tokens(self, network: Yi) -> Tensor:
-        """Random ones [T, K]."""
-        return _random(self.tokens, self.key[-1], network)
-
-    def around(self, network: Yi) -> list[dict[str, Any]]:
-        """What the model has around each product, with residuals [T, N] of random numbers."""
-        return [
-            {
-                "norm": use.norm,
-                "is_gated": use.is_gated,
-                "residual_TN": self._residual(use, network) if use.has_residual else None,
-            }
-            for use in self.uses
-        ]
-
-    def _residual(self, use: Use, network: Yi) -> Tensor:
-        outputs = self.key[2] // (2 if use.is_gated else 1)
-        return _random(self.tokens, outputs, network)
-
-
-def _random(tokens: int, width: int, network: Yi) -> Tensor:
-    return torch.randn(tokens, width, dtype=network.dtype, device=network.device)
 
 
 def read_cache(path: Path) -> dict[str, Tactics]:
@@ -150,9 +124,9 @@ def find_cases(network: Yi, rows: int) -> list[Case]:
         # Only Triton's products have kernels to choose from.
         if hasattr(product, "op"):
             weights = product.weights
-            by_shape[product.op, weights.outputs, weights.inputs].append(use)
+            by_shape[product.op, weights.outputs, weights.inputs].append(product)
     buckets = sorted({1, _tactics.token_bucket(rows)})
-    cases = [Case(uses, tokens) for tokens in buckets for uses in by_shape.values()]
+    cases = [Case(products, tokens) for tokens in buckets for products in by_shape.values()]
     return [case for case in cases if _is_open(*case.key)]
 
 
@@ -168,7 +142,11 @@ def measure(
     tune: Tune,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tactics:
-    """The choices made, as far as the time allows."""
+    """The choices made, as far as the time allows.
+
+    A kernel is measured among the others of a step, whatever these run with by then: next to its
+    like it may gain from what its neighbours here do not leave, or lose.
+    """
     end, before = clock() + BUDGET_SECONDS, _tactics.measured()
     for case in cases:
         if clock() >= end:
@@ -176,6 +154,28 @@ def measure(
             break
         configs = _tactics.short_list(*case.key, processors(network.device))
         with torch.inference_mode():
-            x_TK, around = case.make_tokens(network), case.around(network)
-            tune(case.products, x_TK, configs=configs, around=around)
+            tune(case.key, make_runs(network, case.tokens), configs=configs)
     return {key: found for key, found in _tactics.measured().items() if key not in before}
+
+
+def make_runs(network: Yi, tokens: int) -> list[Callable[[], Any]]:
+    """The products of some layers and of the head in a step's order, with what the model has around
+    them, for random tokens; by their choices at the time of the call."""
+    *blocks, last = network.uses()
+    found = []
+    for use in (*blocks[:MEASURED_PRODUCTS], last):
+        product: Any = use.product
+        if hasattr(product, "op"):
+            outputs = product.weights.outputs // (2 if use.is_gated else 1)
+            options = {
+                "norm": use.norm,
+                "is_gated": use.is_gated,
+                "residual_TN": _random(tokens, outputs, network) if use.has_residual else None,
+            }
+            x_TK = _random(tokens, product.weights.inputs, network)
+            found.append(partial(product.fused, x_TK, **options))
+    return found
+
+
+def _random(tokens: int, width: int, network: Yi) -> Tensor:
+    return torch.randn(tokens, width, dtype=network.dtype, device=network.device)

@@ -169,7 +169,7 @@ def add_gpu_flags(group: argparse._ActionsContainer) -> None:
         "--no_tuning",
         action="store_true",
         help="choose kernels by rule on a GPU that the engine's model.cache does not know, instead "
-        "of measuring them once, which takes some 20 seconds",
+        "of measuring them once, which takes up to 40 seconds",
     )
     group.add_argument(
         "--oversubscribe_gpu",

@@ -27,7 +27,7 @@ from engine.penalties import round_up
 from engine.record import EngineRecord
 from engine.sampling import SamplingParams
 from engine.session import Session
-from engine.tactics import find_cases
+from engine.tactics import find_cases, make_runs
 
 META = torch.device("meta")
 # Layers of a stage launch the same kernels but for where their cache scales lie, fp32 of a few
@@ -113,11 +113,10 @@ class Trace:
         lists = [short_list(*case.key, processors(META)) for case in cases]
         for turn in range(max(map(len, lists), default=0)):
             for case, configs in zip(cases, lists, strict=True):
-                config = configs[turn % len(configs)]
-                around = case.around(self._network)[0]
-                case.products[0].apply(case.make_tokens(self._network), config, **around)
-                record(*case.key, config)
+                record(*case.key, configs[turn % len(configs)])
             for tokens in {case.tokens for case in cases}:
+                for run in make_runs(self._network, tokens):
+                    run()
                 self._decode(min(tokens, pad_rows(most)), shortest, GREEDY)
 
     def _prompts(self, tokens: int, length: int) -> None:

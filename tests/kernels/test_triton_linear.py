@@ -368,7 +368,8 @@ def test_tuning_keeps_a_candidate_that_is_right() -> None:
     layer, x = make("linear_int8", 96, 512, torch.float16), random(1, 512, dtype=torch.float16)
     products = [bound("linear_int8", layer) for _ in range(2)]
     try:
-        config = _tuning.tune(products, x.to(DEVICE))
+        key, there = ("linear_int8", 1, 96, 512), x.to(DEVICE)
+        config = _tuning.tune(key, [lambda p=p: p(there) for p in products])
         assert config == products[0].choose(x.to(DEVICE))
         assert config in _tactics.candidates("linear_int8", 1, 96, 512)
         assert_close(products[0](x.to(DEVICE)), x.double() @ layer.matrix.T)

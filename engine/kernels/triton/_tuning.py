@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
-from engine.kernels.triton._product import Product
 from engine.kernels.triton._tactics import Config, candidates, record
 
 # A time is the least of this many batches of replays.
@@ -27,7 +25,9 @@ def replay_us(runs: Sequence[Callable[[], Any]]) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        runs[0]()
+        # Libraries and kernels are made ready by first calls, which a capture does not allow.
+        for run in runs:
+            run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -47,28 +47,26 @@ def replay_us(runs: Sequence[Callable[[], Any]]) -> float:
 
 
 def tune(
-    products: Sequence[Product],
-    x_TK: Tensor,
+    key: tuple[str, int, int, int],
+    runs: Sequence[Callable[[], Any]],
     report: Callable[[str], None] = lambda line: None,
     *,
     configs: Sequence[Config] | None = None,
-    around: Sequence[Mapping[str, Any]] = (),
 ) -> Config:
-    """Measure `configs` (default: every candidate) for x on layers of one shape, and keep the
-    fastest in the table. `around` is what a block has around each product: arguments of `apply`."""
-    first = products[0]
-    shape = (len(x_TK), first.weights.outputs, first.weights.inputs)
-    calls = list(zip(products, around or [{}] * len(products), strict=True))
+    """Measure `configs` (default: every candidate) for layers of `key`, which is an operation, its
+    tokens, outputs and inputs, by what `runs` take, which the table tells what to run with. Keeps
+    the fastest in the table."""
     best, best_us = None, float("inf")
-    for config in configs or candidates(first.op, *shape):
+    for config in configs or candidates(*key):
+        record(*key, config)
         try:
-            us = replay_us([lambda p=p, a=a, c=config: p.apply(x_TK, c, **a) for p, a in calls])
+            us = replay_us(runs)
         except UNFIT as error:
             report(f"{config}: {type(error).__name__}")
             continue
         report(f"{us:9.2f} us {'/'.join(map(str, config))}")
         if us < best_us:
             best, best_us = config, us
-    assert best is not None, f"no candidate of {first.op} runs on this GPU"
-    record(first.op, *shape, best)
+    assert best is not None, f"no candidate of {key[0]} runs on this GPU"
+    record(*key, best)
     return best

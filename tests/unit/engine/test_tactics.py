@@ -36,8 +36,15 @@ def warnings(monkeypatch):
     return found
 
 
-def product(op, outputs, inputs):
-    return SimpleNamespace(op=op, weights=SimpleNamespace(outputs=outputs, inputs=inputs))
+class Product:
+    """Keeps what it was called with."""
+
+    def __init__(self, op, outputs, inputs):
+        self.op, self.weights = op, SimpleNamespace(outputs=outputs, inputs=inputs)
+        self.calls = []
+
+    def fused(self, x_TK, **options):
+        self.calls.append((x_TK, options))
 
 
 def make_network(*products):
@@ -54,22 +61,15 @@ class Tuner:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, products, x_TK, *, configs, around):
-        first = products[0]
-        self.asked.append((len(products), tuple(x_TK.shape), first.op))
-        for given in around:
-            assert given["norm"] is NORM and given["is_gated"]
-            assert given["residual_TN"].shape == (len(x_TK), first.weights.outputs // 2)
-        assert len(around) == len(products)
-        _tactics.record(
-            first.op, len(x_TK), first.weights.outputs, first.weights.inputs, configs[-1]
-        )
+    def __call__(self, key, runs, *, configs):
+        self.asked.append((key, len(runs)))
+        _tactics.record(*key, configs[-1])
 
 
 NETWORK = make_network(
-    product("linear_int8", 96, 512),
-    product("linear_int8", 96, 512),
-    product("linear", 128, 64),
+    Product("linear_int8", 96, 512),
+    Product("linear_int8", 96, 512),
+    Product("linear", 128, 64),
     lambda x_TK: x_TK,  # an implementation without a choice
 )
 
@@ -93,8 +93,19 @@ def test_measuring_gives_the_new_choices_and_keeps_its_time():
     tuner, times = Tuner(), iter((0.0, 1.0, tactics.BUDGET_SECONDS, 99.0))
     cases = tactics.find_cases(NETWORK, rows=8)
     found = tactics.measure(cases, NETWORK, tuner, clock=lambda: next(times))
-    assert tuner.asked == [(2, (1, 512), "linear_int8")]
+    assert tuner.asked == [(("linear_int8", 1, 96, 512), 3)]
     assert list(found) == ["linear_int8/1/96/512"]
+
+
+def test_a_kernel_is_measured_among_those_of_a_step():
+    products = [Product("linear", 8, 4), Product("linear", 4, 4), Product("linear", 64, 4)]
+    layers = products[:2] * 100
+    for run in tactics.make_runs(make_network(*layers, products[2]), tokens=3):
+        run()
+    assert [len(product.calls) for product in products] == [32, 32, 1]
+    x_TK, options = products[0].calls[0]
+    assert x_TK.shape == (3, 4) and options["norm"] is NORM and options["is_gated"]
+    assert options["residual_TN"].shape == (3, 4)
 
 
 def test_the_first_run_measures_and_the_next_one_reads(tmp_path, monkeypatch, warnings):
