@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("yi.comm")
 
 # Sums of up to so many bytes are taken in shared memory: every rank reads all of everyone's, where
-# NCCL's ring takes longer to start and moves less. Where the two cross has not been measured.
+# NCCL's ring takes longer to start and moves less. Two H100 take 9.6 µs for 8 KB and 11.7 for 256,
+# NCCL 12.2 and 14.3; larger sums and more ranks were not measured.
 ONE_SHOT_BYTES = 256 << 10
 # Widest load of a GPU: the kernel wants whole ones.
 LOAD_BYTES = 16
