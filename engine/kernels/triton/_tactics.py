@@ -20,9 +20,9 @@ TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FEW_TOKENS = 128
 
 MAX_SPLITS = 16
-# Programs that each multiprocessor should get before K is no longer split; a program with codes
-# waits for arithmetic too, which others then use.
-PROGRAMS_PER_PROCESSOR, DENSE_PROGRAMS_PER_PROCESSOR = 2.0, 0.5
+# Programs that each multiprocessor should get before K is no longer split: partial sums of 64
+# tokens cost more than some idle multiprocessors while 16-bit weights come in.
+PROGRAMS_PER_PROCESSOR, DENSE_PROGRAMS_PER_PROCESSOR = 1.0, 0.5
 # More programs than this are not measured: any GPU is full.
 MAX_PROGRAMS = 1024
 # Iterations a split of K must keep, to fill its software pipeline.
