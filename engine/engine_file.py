@@ -2,8 +2,7 @@
 
 A rank file is a safetensors container (8-byte little-endian header length, JSON header, data;
 github.com/huggingface/safetensors) whose tensors start on 4 KiB boundaries, so that any of them
-can be mapped or read directly. Padding is stored as tensors named `_pad.N`, because the format
-allows no holes.
+can be mapped or read directly. Padding is tensors named `_pad.N`, since the format has no holes.
 """
 
 from __future__ import annotations
@@ -404,8 +403,6 @@ def remove_abandoned(output_dir: Path) -> None:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
