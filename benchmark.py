@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import build
+from engine.errors import UserError
 from utils import log
 from utils.benchmarking.dummy import DTYPES, KV_FLAGS, PRESETS, QUANT_FLAGS, DummyEngine
 from utils.benchmarking.plan import DEFAULT_BATCH, MODES, BenchmarkPlan, plan_benchmark
@@ -216,7 +217,7 @@ def dummy_engine(
 ) -> Iterator[tuple[str, float]]:
     """An engine that all of `works` fit, cut tensor-parallel among the ranks of one host, and the
     seconds that building it took; deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix="yi-dummy-", dir=work_dir) as own:
+    with _work_folder(work_dir) as own:
         folder, seconds = world.bcast(own), 0.0
         if world.rank == 0:
             flags = dummy.build_flags(works, tp=world.size, output_dir=folder)
@@ -228,6 +229,16 @@ def dummy_engine(
         yield folder, world.bcast(seconds)
         # No rank deletes what another still reads.
         world.rest()
+
+
+def _work_folder(work_dir: str | None) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="yi-dummy-", dir=work_dir)
+    except OSError as error:
+        raise UserError(
+            f"--work_dir {work_dir or tempfile.gettempdir()} cannot be written "
+            f"({error.strerror}); name a directory that exists and has room for an engine"
+        ) from None
 
 
 def _report(plan: BenchmarkPlan, device: Device, records: list[dict]) -> None:

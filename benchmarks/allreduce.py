@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.backends.torch_engine import pick_device
 from engine.comm import Group, World, open_world
 from engine.errors import UserError
 from engine.threads import share_threads
@@ -65,10 +66,7 @@ def _capture(group: Group, x: torch.Tensor) -> Callable[[], None]:
 
 def open_group(world: World, device: str, one_shot: bool) -> tuple[Group, torch.device]:
     """All ranks, and where this one's tensors are."""
-    chosen = torch.device(device)
-    if device == "cuda":
-        chosen = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(chosen)
+    chosen = pick_device(device, world)
     return world.split(world.size, 1, chosen, one_shot=one_shot).tp, chosen
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -262,6 +263,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="Yi-6B alone, 16-bit and fp8 caches")
     parser.add_argument("--pdl", action="store_true", help="with programmatic dependent launch")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.attention_kernels needs a GPU")
     _launch.PDL = args.pdl
     torch.manual_seed(0)
     models = ("6b",) if args.quick else tuple(HEADS)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import peers_table
+from engine.errors import UserError
 from utils.benchmarking import report
 from utils.benchmarking.limits import Limits
 from utils.cli import Parser, positive_float, positive_int, run_main
@@ -142,7 +143,12 @@ class GpuSession:
         self._layers, self._device, self._tuning = layers, device, tuning
         self._results = out.resolve() / "results.json"
         self._done: list[Done] = []
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out {out} cannot be made ({error.strerror}); choose another directory"
+            ) from None
 
     def run(self, steps: Sequence[Step], end: float) -> Iterator[Done]:
         """Until all are done or `end`, a time of the monotonic clock, is too near."""

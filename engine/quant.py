@@ -56,6 +56,7 @@ _PRECISIONS = {
 }
 
 DEFAULT_GROUP_SIZE = 128
+GROUP_MULTIPLE = 32
 GROUPED = (Algorithm.W4A16_AWQ, Algorithm.W4A16_GPTQ)
 
 # The largest code of a cache's storage type; a scale is the largest value over it.
@@ -161,6 +162,11 @@ class QuantConfig:
             raise UserError(
                 f"--group_size {group_size} belongs to --weight_only_precision int4_awq or "
                 "int4_gptq; add that flag or leave this one out"
+            )
+        if group_size is not None and group_size % GROUP_MULTIPLE:
+            raise UserError(
+                f"--group_size {group_size} is no multiple of {GROUP_MULTIPLE}, as kernels take "
+                "inputs; 128 is what most checkpoints have"
             )
         group_size = (group_size or DEFAULT_GROUP_SIZE) if algorithm in GROUPED else 0
         head = Algorithm.W8A16 if quantize_lm_head else Algorithm.NONE

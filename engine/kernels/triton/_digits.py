@@ -17,12 +17,13 @@ from engine.kernels.triton._around import Around
 from engine.kernels.triton._codes import ROUNDER
 from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._norm import normalise, row_block
+from engine.kernels.triton._words import MIN_RANGE
 
 BASE = tl.constexpr(128)
 BASE_BITS = tl.constexpr(7)
 # 127 · 128 + 63: the greatest that two signed digits write, the lower from -64 to 63.
 DIGITS_MAX = tl.constexpr(16319.0)
-MIN_RANGE = tl.constexpr(1e-30)
+# Those of 1.5 · 2^23, which ROUNDER is.
 ROUNDER_BITS = tl.constexpr(0x4B400000)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.triton._weights import NIBBLE_ZERO
 from engine.kernels.triton._words import (
     DIGITS_STEP,
     dot_bytes,
@@ -28,8 +29,6 @@ from engine.kernels.triton._words import (
     sum_digits,
     take_digits,
 )
-
-NIBBLE_ZERO = tl.constexpr(8)
 
 
 @triton.jit

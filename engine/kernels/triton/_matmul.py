@@ -1,9 +1,9 @@
 """y = x @ wᵀ on tensor cores, weights the wide operand: tiles of BN outputs by BT tokens.
 
 Weights and tokens have one type: 16 bits, or codes (int32 sums of int8; fp32 sums of float8,
-widened to fp16, which holds them exactly, where the GPU has no float8 products); nibbles are
-widened to the tokens' dtype in registers. Where outputs alone give too few programs, K is split:
-see _tile_end.py.
+widened to fp16, which holds them exactly, where the GPU has no float8 products); nibbles of other
+groups than _matmul_digits.py takes are widened to the tokens' dtype in registers. Where outputs
+alone give too few programs, K is split: see _tile_end.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from engine.kernels.triton._codes import decode, has_float8
 from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._tactics import Config
 from engine.kernels.triton._tile_end import VARYING, finish, workspace
-from engine.kernels.triton._weights import Weights, bits_of, unpack
+from engine.kernels.triton._weights import NIBBLE_ZERO, Weights, bits_of, unpack
 
-NIBBLE_ZERO = tl.constexpr(8)
 # Hopper adds float8 products with 14 bits; this many inputs at a time, then in fp32.
 FP8_SUM = tl.constexpr(128)
 # Tiles of tokens that neighbouring programs go through before the next rows of the weights.

@@ -15,9 +15,8 @@ from engine.kernels.triton._launch import launch_options
 from engine.kernels.triton._matmul import IS_COMPILED, fit, shared_bytes
 from engine.kernels.triton._tactics import Config
 from engine.kernels.triton._tile_end import VARYING, finish, workspace
-from engine.kernels.triton._weights import Weights
+from engine.kernels.triton._weights import NIBBLE_ZERO, Weights
 
-NIBBLE_ZERO = tl.constexpr(8)
 # Of four bytes $2, the low nibbles less the bytes $3 in $0 and the high ones in $1: 128 more keeps
 # a byte from borrowing from the next. A lop3 of 0xEA is (a & b) | c.
 SPREAD = tl.constexpr("""{

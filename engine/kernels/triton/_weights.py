@@ -34,6 +34,8 @@ fma.rn.{kind} $2, $2, one, zero_first;
 fma.rn.{kind} $3, $3, one, zero_second;
 }}"""
 REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r")
+# What nibbles without zeros of their own are less.
+NIBBLE_ZERO = tl.constexpr(8)
 UNPACK_BF16 = tl.constexpr(
     _UNPACK.format(kind="bf16x2", magic="0x43004300", minus="0xC300C300", one="0x3F803F80")
 )

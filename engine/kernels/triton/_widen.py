@@ -15,14 +15,14 @@ from torch import Tensor
 
 from engine.kernels.triton._codes import decode
 from engine.kernels.triton._launch import launch_options
-from engine.kernels.triton._weights import Weights
+from engine.kernels.triton._weights import NIBBLE_ZERO, Weights
 
 BLOCK = 2048
 WARPS = 4
 # Weights widened at a time: 256 MiB of bf16, all of a layer of Yi-6B.
 WIDE_WEIGHTS = 2**27
+# Rows of such a part are a multiple of these, so that results begin at whole cache lines.
 ROW_MULTIPLE = 256
-NIBBLE_ZERO = tl.constexpr(8)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import allreduce, cpu_step, speed
+from benchmarks import allreduce, cpu_step, gpu, speed
 from benchmarks.marks import read_between, write_between
 from engine.errors import UserError
 from engine.kernels.native import compiled
@@ -70,6 +71,14 @@ def test_text_between_marks_is_replaced(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--one_shot is for GPUs; add --device cuda"):
         allreduce.main(["--one_shot"])
+    nowhere = "/proc/nowhere"
+    with pytest.raises(UserError, match="--out /proc/nowhere cannot be made .*; choose another"):
+        gpu.main(["--out", nowhere, "--steps", "limits"])
+    with pytest.raises(UserError, match="--work_dir /proc/nowhere cannot be written .*; name a"):
+        cpu_step.main(["--layers", "1", "--work_dir", nowhere])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: no usable GPU was found"):
+        allreduce.main(["--device", "cuda"])
     monkeypatch.setattr(compiled, "load", lambda name: None)
     with pytest.raises(UserError, match="cpu_step measures compiled kernels; install a C"):
         cpu_step.main(["--layers", "1"])

@@ -239,3 +239,24 @@ def test_config_that_is_a_directory_is_refused(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(EngineError, match="config.json cannot be read"):
         read_config(tmp_path)
+
+
+def test_an_interruption_while_the_staging_directory_is_made_leaves_none(tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def interrupted(path, **options):
+        make(path, **options)
+        if path.name.startswith(".building-"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), EngineWriter(tmp_path):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_only_looks_like_a_staging_directory_stops_no_build(tmp_path):
+    (tmp_path / ".building-99999999999999999999").mkdir()
+    with EngineWriter(tmp_path):
+        pass
+    assert not any(tmp_path.iterdir())

@@ -72,6 +72,10 @@ def test_smooth_quant_options_need_smooth_quant(flag, other):
     [
         ({"weight_only_precision": "int4"}, "--weight_only_precision int4 belongs to --use_weight"),
         ({"group_size": 64}, "--group_size 64 belongs to --weight_only_precision int4_awq"),
+        (
+            {"use_weight_only": True, "weight_only_precision": "int4_awq", "group_size": 40},
+            "--group_size 40 is no multiple of 32",
+        ),
         ({"use_weight_only": True, "group_size": 64}, "--group_size 64 belongs to"),
     ],
 )

@@ -43,7 +43,7 @@ def test_levels(
     log.warning("w 100%")
     log.info("i")
     log.debug("d")
-    logging.getLogger("another.library").error("none of ours")
+    logging.getLogger("another.package").error("none of ours")
     assert capsys.readouterr().err.splitlines() == heard
 
 
